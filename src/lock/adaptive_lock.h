@@ -1,0 +1,443 @@
+#pragma once
+/*
+ * A reader-writer lock whose waiters spin on the owner and otherwise sleep in a queue.
+ *
+ * Problem
+ * -------
+ * One word says who holds the lock. Whoever finds it taken can spin, which is cheap when the holder is about to let
+ * go and a disaster when the holder is not running, or sleep, which costs two context switches, often more than the
+ * critical section. And a release that wakes a sleeper while somebody is ready to take the lock at once buys nothing:
+ * the woken task finds the lock taken and sleeps again. A queue of such tasks is a convoy.
+ *
+ * Algorithm
+ * ---------
+ * Acquire, in phases:
+ *   1. attempt:       take the lock if it is free.
+ *   2. spin on owner: if nobody else spins here, become *the* spinner (bit `spinner`), and attempt again and again
+ *                     until the owner is off its CPU or the budget is spent. One spinner keeps the line quiet.
+ *   3. queue:         put yourself on the wait list.
+ *   4. last attempt:  the lock may have been freed between 1 and 3, when nobody could know that you would sleep.
+ *   5. sleep; when woken, start again at 1.
+ * Release: give the lock up; if it is free now and somebody is queued, wake. But while there is a spinner, wake nobody
+ * who would only compete with it (spare the wake-up).
+ *
+ * Invariants
+ * ----------
+ * I1 (duty to wake). At any time when the lock is free and a locker is asleep in the queue, at least one running party
+ *    has the duty to wake or to take the lock:
+ *      - the releaser, until it has woken or seen the spinner bit;
+ *      - the spinner, until it acquires (then it is a holder, whose release comes) or clears the bit and makes its last
+ *        attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody whose release happens
+ *        after the bit was cleared and so sees no spinner;
+ *      - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next attempt.
+ * I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change only under
+ *    `list_locked`; `has_waiters` and `until_free` describe the list whenever `list_locked` is clear.
+ * I3 (bystanders). Waiters in mode until_free do not compete for the lock. Every release that frees it wakes them,
+ *    spinner or not.
+ * I4 (no starvation by spinners). A releaser spares wake-ups for at most Host::spare_for_ticks() of its own time in a row,
+ *    and none for a spinner that the mirror shows off its CPU.
+ *
+ * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself (has_waiters,
+ * with the list behind it) before its last attempt, and a releaser gives up before it looks at the flags, by
+ * read-modify-writes of the same word; so one of the two sees the other. All of them are sequentially consistent, as
+ * users of the server's own LWLocks may rely on full barriers; what each one pairs with is said where it stands.
+ *
+ * Thread and process safety: any number of tasks, in one or several processes, as far as Host's memory reaches.
+ *
+ * Source: PostgreSQL's lwlock.c (phases 1, 3, 4, 5 and the wait list), Linux mutex.c and osq_lock.c (phase 2).
+ */
+
+#include <atomic>
+#include <cstdint>
+#include <type_traits>
+
+#include "spin/spin_on_owner.h"
+
+namespace adaptive {
+
+enum class LockMode : uint8_t { exclusive, shared, until_free };
+enum class WaitState : uint8_t { not_waiting, waiting, removed };  ///< removed: off the list, not yet signalled
+enum class WaitPolicy : int { owner, blind, park };
+
+/// What happened on the slow path, for the statistics.
+enum class WaitEvent : uint8_t {
+    contended,
+    spin_acquired,
+    owner_off_cpu,
+    budget_spent,
+    slept,
+    wakeup_sent,
+    wakeup_spared,
+    spin_ticks,
+};
+
+/// Where a state word keeps what. The values are those of the lock's home (a PostgreSQL version, say).
+struct StateBits {
+    uint32_t has_waiters;  ///< the wait list is not empty
+    uint32_t release_ok;   ///< no woken locker is still on its way
+    uint32_t list_locked;  ///< spinlock over the wait list
+    uint32_t spinner;      ///< somebody spins for this lock
+    uint32_t until_free;   ///< an until_free waiter is at the head of the wait list
+    uint32_t exclusive;    ///< held exclusively
+    uint32_t shared;       ///< one shared hold; holds add up
+    uint32_t held_mask;    ///< every bit of a hold, exclusive or shared
+};
+
+/**
+ * The protocol over a Host, which says what a lock, a waiter and sleeping are. All of Host is static:
+ *
+ *   Lock, Waiter, WaitList            types; Waiter is a small handle, kNobody is none; WaitList is the list's head
+ *   kBits                             StateBits
+ *   spare_for_ticks()                 I4's bound, CycleClock ticks
+ *   state(Lock&)                      std::atomic_ref<uint32_t>
+ *   wait_list(Lock&), empty_list()    WaitList& in the lock; an empty local one
+ *   push_head/push_tail/erase(WaitList&, Waiter), first(WaitList&), next(Waiter), empty(WaitList&)
+ *   self()                            this task's Waiter (may refuse: no return)
+ *   wait_state(Waiter)                std::atomic_ref<uint8_t> holding a WaitState
+ *   wait_mode(Waiter)                 LockMode& of a queued waiter
+ *   lock_list_contended(Lock&)        wait until list_locked looks clear
+ *   sleep(), wake(Waiter)             semaphore down on self, up on another; both may be spurious
+ *   sleep_begins/sleep_ended(Lock&, LockMode)   reporting around a sleep
+ *   policy(), budget()                WaitPolicy and SpinBudget in force
+ *   set_owner(Lock&), owner_state(Lock&)        this task took the lock; the mirror's word on who did
+ *   set_spinner(Lock&), spinner_state(Lock&)    likewise for the spinner
+ *   count(Lock&, WaitEvent, uint64_t)
+ */
+template <class Host>
+class AdaptiveLock {
+    using Lock = typename Host::Lock;
+    using Waiter = typename Host::Waiter;
+    using WaitList = typename Host::WaitList;
+    static constexpr StateBits kBits = Host::kBits;
+
+  public:
+    /// Takes the lock. True if it was free at once, false if it had to be waited for.
+    static bool acquire(Lock& lock, LockMode mode) {
+        if (attempt(lock, mode)) [[likely]] {
+            Host::set_owner(lock);
+            return true;
+        }
+        acquire_contended(lock, mode);
+        return false;
+    }
+
+    /// Takes the lock if it is free at once.
+    static bool acquire_conditionally(Lock& lock, LockMode mode) {
+        if (!attempt(lock, mode)) return false;
+        Host::set_owner(lock);
+        return true;
+    }
+
+    /// Takes the lock if it is free at once (true); else waits until it has been freed, without taking it (false).
+    static bool acquire_or_wait(Lock& lock, LockMode mode) {
+        if (attempt(lock, mode)) {
+            Host::set_owner(lock);
+            return true;
+        }
+        Host::count(lock, WaitEvent::contended, 1);
+        queue_self(lock, LockMode::until_free);
+        if (attempt(lock, mode)) {
+            dequeue_self(lock);
+            Host::set_owner(lock);
+            return true;
+        }
+        sleep_until_woken(lock, mode);
+        return false;
+    }
+
+    /**
+     * Waits until the lock is not held exclusively (true), or `settled()` says that there is no more to wait for
+     * (false). `settled` is called with the wait list locked; whoever changes what it looks at uses update() or
+     * holds the wait list's lock.
+     */
+    template <class Settled>
+    static bool wait_until(Lock& lock, Settled&& settled) {
+        for (;;) {
+            if (!held_exclusively(lock)) return true;
+            if (with_list_locked(lock, settled)) return false;
+
+            // From here on, a release or an update wakes us (I3). What happened before is seen by looking again.
+            queue_self(lock, LockMode::until_free);
+            const bool freed = !held_exclusively(lock);
+            if (freed || with_list_locked(lock, settled)) {
+                dequeue_self(lock);
+                return freed;
+            }
+            Host::count(lock, WaitEvent::contended, 1);
+            sleep_until_woken(lock, LockMode::exclusive);
+        }
+    }
+
+    /// Runs `change()` with the wait list locked and wakes those who wait_until() it.
+    template <class Change>
+    static void update(Lock& lock, Change&& change) {
+        lock_list(lock);
+        change();
+        WaitList woken = take_until_free(lock);
+        unlock_list(lock, 0, 0);
+        wake_all(lock, woken);
+    }
+
+    /// Runs `read()` with the wait list locked; returns what it returns.
+    template <class Read>
+    static auto with_list_locked(Lock& lock, Read&& read) {
+        lock_list(lock);
+        if constexpr (std::is_void_v<decltype(read())>) {
+            read();
+            Host::state(lock).fetch_and(~kBits.list_locked);
+        } else {
+            const auto result = read();
+            Host::state(lock).fetch_and(~kBits.list_locked);
+            return result;
+        }
+    }
+
+    /// Gives up a hold in `mode` (exclusive or shared), and wakes whom it must.
+    static void release(Lock& lock, LockMode mode) {
+        const uint32_t hold = hold_of(mode);
+        // Pairs with the waiters' publication in unlock_list(): see the file's head.
+        const uint32_t left = Host::state(lock).fetch_sub(hold) - hold;
+        if ((left & (kBits.held_mask | kBits.has_waiters)) == kBits.has_waiters) [[unlikely]]
+            after_release(lock, left);
+    }
+
+  private:
+    static uint32_t hold_of(LockMode mode) { return mode == LockMode::exclusive ? kBits.exclusive : kBits.shared; }
+
+    static bool is_free_for(uint32_t state, LockMode mode) {
+        return (state & (mode == LockMode::exclusive ? kBits.held_mask : kBits.exclusive)) == 0;
+    }
+
+    static bool held_exclusively(Lock& lock) { return (Host::state(lock).load() & kBits.exclusive) != 0; }
+
+    /// Takes the lock if it is free for `mode`, clearing the bits in `clear` with the same step.
+    static bool attempt(Lock& lock, LockMode mode, uint32_t clear = 0) {
+        auto state = Host::state(lock);
+        uint32_t seen = state.load();
+        while (is_free_for(seen, mode))
+            if (state.compare_exchange_weak(seen, (seen + hold_of(mode)) & ~clear)) return true;
+        return false;
+    }
+
+    [[gnu::noinline]] static void acquire_contended(Lock& lock, LockMode mode) {
+        Host::count(lock, WaitEvent::contended, 1);
+        for (;;) {
+            if (spin(lock, mode)) break;
+
+            queue_self(lock, mode);
+            if (attempt(lock, mode)) {  // the last attempt: I1 rests on it
+                dequeue_self(lock);
+                break;
+            }
+            sleep_until_woken(lock, mode);
+            // We run: the next release may wake again. Before the attempt, so that I1's duty passes on without a gap.
+            Host::state(lock).fetch_or(kBits.release_ok);
+
+            if (attempt(lock, mode)) break;
+        }
+        Host::set_owner(lock);
+    }
+
+    // ---- the spinner ------------------------------------------------------------------------------------------
+
+    /// Phase 2. True if the lock was taken; false if the caller must queue, with the spinner bit given back.
+    static bool spin(Lock& lock, LockMode mode) {
+        const WaitPolicy policy = Host::policy();
+        if (policy == WaitPolicy::park || !become_spinner(lock)) return false;
+
+        const uint64_t start = CycleClock::now();
+        const SpinEnd end = spin_on_owner(
+            [&] { return attempt(lock, mode, kBits.spinner); },
+            [&] { return policy == WaitPolicy::blind ? SchedState::on_cpu : Host::owner_state(lock); },
+            Host::budget());
+        // From here on releases wake again, and the queueing and last attempt that follow make good for those before.
+        if (end != SpinEnd::acquired) Host::state(lock).fetch_and(~kBits.spinner);
+
+        Host::count(lock, WaitEvent::spin_ticks, CycleClock::now() - start);
+        switch (end) {
+            case SpinEnd::acquired:
+                Host::count(lock, WaitEvent::spin_acquired, 1);
+                return true;
+            case SpinEnd::owner_off_cpu:
+                Host::count(lock, WaitEvent::owner_off_cpu, 1);
+                return false;
+            case SpinEnd::budget_spent:
+                Host::count(lock, WaitEvent::budget_spent, 1);
+                return false;
+        }
+        return false;
+    }
+
+    static bool become_spinner(Lock& lock) {
+        auto state = Host::state(lock);
+        if (state.load(std::memory_order_relaxed) & kBits.spinner) return false;
+        if (state.fetch_or(kBits.spinner) & kBits.spinner) return false;
+        Host::set_spinner(lock);
+        return true;
+    }
+
+    // ---- the releaser -----------------------------------------------------------------------------------------
+
+    /// The lock was freed, leaving `left` in the state word, which has waiters.
+    [[gnu::noinline]] static void after_release(Lock& lock, uint32_t left) {
+        const bool lockers_may_go = (left & kBits.release_ok) != 0;
+        if (lockers_may_go && !((left & kBits.spinner) && may_spare_wakeup(lock))) {
+            wake_waiters(lock);
+        } else {
+            if (lockers_may_go) Host::count(lock, WaitEvent::wakeup_spared, 1);
+            if (left & kBits.until_free) wake_until_free(lock);  // I3
+        }
+    }
+
+    /// I4: may the spinner be left to take the lock, with the sleepers left asleep?
+    static bool may_spare_wakeup(Lock& lock) {
+        thread_local uint64_t sparing_since = 0;  // 0: the last contended release woke
+        const uint64_t now = CycleClock::now();
+        if (sparing_since == 0) sparing_since = now;
+        const SchedState spinner = Host::spinner_state(lock);
+        if (now - sparing_since < Host::spare_for_ticks() &&
+            (spinner == SchedState::on_cpu || spinner == SchedState::unknown))
+            return true;
+        sparing_since = 0;
+        return false;
+    }
+
+    /// Wakes those at the head of the list who can go: bystanders, and one writer or the readers before it.
+    static void wake_waiters(Lock& lock) {
+        lock_list(lock);
+        WaitList woken = Host::empty_list();
+        WaitList& list = Host::wait_list(lock);
+        bool woke_locker = false;
+        for (Waiter w = Host::first(list); w != Host::kNobody;) {
+            const Waiter next = Host::next(w);
+            const LockMode mode = Host::wait_mode(w);
+            if (!(woke_locker && mode == LockMode::exclusive)) {
+                move_to(list, woken, w);
+                if (mode != LockMode::until_free) woke_locker = true;
+                if (mode == LockMode::exclusive) break;
+            }
+            w = next;
+        }
+        // A woken locker has the duty now (I1): no release wakes another one until it runs.
+        if (woke_locker)
+            unlock_list(lock, 0, kBits.release_ok);
+        else
+            unlock_list(lock, kBits.release_ok, 0);
+        wake_all(lock, woken);
+    }
+
+    static void wake_until_free(Lock& lock) {
+        update(lock, [] {});
+    }
+
+    // ---- the wait list (I2) -----------------------------------------------------------------------------------
+
+    static void lock_list(Lock& lock) {
+        while (Host::state(lock).fetch_or(kBits.list_locked) & kBits.list_locked) Host::lock_list_contended(lock);
+    }
+
+    /// Unlocks the wait list, sets and clears the given bits, and makes has_waiters and until_free true again.
+    static void unlock_list(Lock& lock, uint32_t set, uint32_t clear) {
+        WaitList& list = Host::wait_list(lock);
+        const uint32_t described = kBits.has_waiters | kBits.until_free;
+        if (!Host::empty(list)) {
+            set |= kBits.has_waiters;
+            // until_free waiters are always in front.
+            if (Host::wait_mode(Host::first(list)) == LockMode::until_free) set |= kBits.until_free;
+        }
+        clear |= kBits.list_locked | (described & ~set);
+        auto state = Host::state(lock);
+        uint32_t seen = state.load(std::memory_order_relaxed);
+        while (!state.compare_exchange_weak(seen, (seen | set) & ~clear)) {
+        }
+    }
+
+    static void queue_self(Lock& lock, LockMode mode) {
+        const Waiter self = Host::self();
+        lock_list(lock);
+        Host::wait_mode(self) = mode;
+        set_wait_state(self, WaitState::waiting);
+        if (mode == LockMode::until_free)
+            Host::push_head(Host::wait_list(lock), self);
+        else
+            Host::push_tail(Host::wait_list(lock), self);
+        unlock_list(lock, 0, 0);
+    }
+
+    /// Undoes queue_self(): the lock turned out not to be worth sleeping for.
+    static void dequeue_self(Lock& lock) {
+        const Waiter self = Host::self();
+        lock_list(lock);
+        const bool still_queued = wait_state(self) == WaitState::waiting;
+        if (still_queued) Host::erase(Host::wait_list(lock), self);
+        unlock_list(lock, 0, 0);
+
+        if (still_queued) {
+            set_wait_state(self, WaitState::not_waiting);
+        } else {
+            // Somebody chose us to be woken and may have cleared release_ok for it: the duty is ours, give it back
+            // to the releasers. Then absorb the wake-up, or it would end some later sleep.
+            Host::state(lock).fetch_or(kBits.release_ok);
+            absorb_wakeup();
+        }
+    }
+
+    static void sleep_until_woken(Lock& lock, LockMode mode) {
+        Host::count(lock, WaitEvent::slept, 1);
+        Host::sleep_begins(lock, mode);
+        absorb_wakeup();
+        Host::sleep_ended(lock, mode);
+    }
+
+    /// Sleeps until a waker has made us not_waiting. The semaphore is shared with other uses: what was taken from
+    /// it in excess is given back.
+    static void absorb_wakeup() {
+        const Waiter self = Host::self();
+        int taken_in_excess = 0;
+        for (;;) {
+            Host::sleep();
+            if (wait_state(self) == WaitState::not_waiting) break;
+            taken_in_excess++;
+        }
+        while (taken_in_excess-- > 0) Host::wake(self);
+    }
+
+    static WaitList take_until_free(Lock& lock) {
+        WaitList woken = Host::empty_list();
+        WaitList& list = Host::wait_list(lock);
+        for (Waiter w = Host::first(list); w != Host::kNobody && Host::wait_mode(w) == LockMode::until_free;) {
+            const Waiter next = Host::next(w);
+            move_to(list, woken, w);
+            w = next;
+        }
+        return woken;
+    }
+
+    static void move_to(WaitList& from, WaitList& to, Waiter w) {
+        Host::erase(from, w);
+        Host::push_tail(to, w);
+        set_wait_state(w, WaitState::removed);
+    }
+
+    static void wake_all(Lock& lock, WaitList& woken) {
+        for (Waiter w = Host::first(woken); w != Host::kNobody;) {
+            const Waiter next = Host::next(w);
+            Host::erase(woken, w);
+            // Only now may the waiter queue itself elsewhere: the erase above must be visible first. Pairs with the
+            // load in wait_state() by absorb_wakeup().
+            set_wait_state(w, WaitState::not_waiting);
+            Host::wake(w);
+            Host::count(lock, WaitEvent::wakeup_sent, 1);
+            w = next;
+        }
+    }
+
+    static WaitState wait_state(Waiter w) {
+        return static_cast<WaitState>(Host::wait_state(w).load(std::memory_order_acquire));
+    }
+    static void set_wait_state(Waiter w, WaitState s) {
+        Host::wait_state(w).store(static_cast<uint8_t>(s), std::memory_order_release);
+    }
+};
+
+}  // namespace adaptive

@@ -1,0 +1,198 @@
+// The mirror: whether other tasks (processes or threads, of any process) are on a CPU right now, read without a syscall.
+//
+//   Mirror      this process's view of the table: open once, then look(slot) from anywhere
+//   MirrorTask  the calling task's own entry: attach, and say note_running() now and then
+//
+// Two sources keep the table true. `bpf`: the kernel writes it at every context switch (the `schedmirror` command loads
+// the program). `rseq`: the tasks write where they run and readers infer the rest (source/rseq_source.h).
+// Every answer is a hint: it may be stale when it arrives, and other users of the table may have written nonsense.
+// Correctness must never depend on one; no contents of the table can crash a reader.
+//
+// Thread safety. Mirror: look, info, active, capacity, used from any thread at any time; open and close alone, and close
+// only after the tasks attached to it have detached. MirrorTask: one task's own; only that task may call it.
+// Process safety. Both survive fork; the child says reset_after_fork() on an inherited MirrorTask and attaches anew.
+// Units. Slot numbers 1 .. capacity(); 0 is nobody. Times in nanoseconds of CLOCK_MONOTONIC.
+// Errors. false and one line in Error: what is missing and what to do. Nothing throws.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "mirror/sched_slot.h"
+#include "source/rseq_source.h"
+
+namespace adaptive {
+
+static_assert(sizeof(sched_slot) == 64 && sizeof(sched_claim) == 64 && sizeof(sched_header) == 64);
+
+enum class SchedState : uint32_t {
+    unknown = SCHED_UNKNOWN,
+    on_cpu = SCHED_ON_CPU,
+    preempted = SCHED_PREEMPTED,
+    blocked = SCHED_BLOCKED,
+    dead = SCHED_DEAD,
+};
+
+using SlotId = uint16_t;  // 0 = none
+
+enum class Source : uint8_t { off, rseq, bpf };
+
+struct Error {
+    char text[256];
+};
+
+struct SlotInfo {
+    SchedState state;
+    uint32_t cpu;
+    uint32_t tid;
+    uint32_t generation;
+    uint64_t last_switch_ns;  // 0 with source rseq
+    uint64_t switches;        // 0 with source rseq
+};
+
+inline constexpr const char* kMirrorDir = "/sys/fs/bpf/schedmirror";
+
+class MirrorTask;
+
+class Mirror {
+  public:
+    // Maps what `schedmirror load` pinned under dir.
+    bool open_bpf(const char* dir, Error* error) noexcept;
+
+    // A table of `slots` slot numbers (0 included) and `cpus` CPUs (the highest CPU number + 1).
+    static size_t rseq_bytes(uint32_t slots, uint32_t cpus) noexcept { return rseq_table_bytes(slots, cpus); }
+    static void rseq_format(void* mem, uint32_t slots, uint32_t cpus) noexcept {
+        rseq_table_format(mem, slots, cpus);
+    }
+    // mem: 64-byte aligned, formatted. [words, words + words_bytes): memory that this process may read as long as the
+    // mirror is open, at the same address in every process; blocked words outside of it are never read.
+    bool open_rseq(void* mem, Error* error, const void* words = nullptr, size_t words_bytes = 0) noexcept;
+
+    void close() noexcept;
+
+    Source source() const noexcept { return source_; }
+    bool active() const noexcept;  // bpf: not unloaded; rseq: always
+
+    // The state of another task. No syscall; 0, out of range, nonsense: unknown.
+    SchedState look(SlotId slot) const noexcept;
+
+    SlotInfo info(SlotId slot) const noexcept;  // for people: slower, consistent about who has the slot
+    uint32_t capacity() const noexcept { return limit_ == 0 ? 0 : limit_ - 1; }
+    uint32_t used() const noexcept;  // slots taken; walks the table
+
+  private:
+    friend class MirrorTask;
+
+    SchedState look_bpf(SlotId slot) const noexcept;
+    SchedState look_rseq(SlotId slot) const noexcept;
+    const sched_header* header() const noexcept { return reinterpret_cast<const sched_header*>(slots_); }
+
+    Source source_ = Source::off;
+    uint32_t limit_ = 0;  // slot numbers below this one exist; 0 while closed
+
+    const sched_slot* slots_ = nullptr;  // bpf
+    sched_claim* claims_ = nullptr;
+    int tasks_fd_ = -1;
+
+    RseqSlot* rseq_slots_ = nullptr;  // rseq
+    RseqCpu* rseq_cpus_ = nullptr;
+    uint32_t cpus_ = 0;
+    uint64_t words_begin_ = 0, words_end_ = 0;
+};
+
+class MirrorTask {
+  public:
+    // bpf: claims a slot and registers the calling task with the kernel. Attached already: true.
+    bool attach(Mirror& mirror, Error* error) noexcept;
+
+    // rseq, slot chosen by the caller, who must not give it to two tasks. blocked_word: not 0 while the task waits for
+    // something; inside the range given to open_rseq; may be null.
+    bool attach_rseq(Mirror& mirror, SlotId slot, const volatile uint32_t* blocked_word, Error* error) noexcept;
+
+    // rseq, a free slot of the table; slots of tasks that no longer exist are taken over.
+    bool attach_rseq_claim(Mirror& mirror, Error* error) noexcept;
+
+    void detach() noexcept;
+    void reset_after_fork() noexcept { *this = MirrorTask(); }  // forget, the slot is the parent's
+
+    SlotId slot() const noexcept { return slot_; }  // 0 when not attached
+
+    // "I am running", said at every lock acquire. Costs a load or two while nothing changed. False: the mirror behind
+    // this registration has been unloaded, or the slot was taken over; drop the slot, detach, attach again later.
+    bool note_running() noexcept;
+
+    // Said after every real sleep: the own switch count must have moved. Sixteen in a row without: stale.
+    void note_slept() noexcept;
+    bool is_stale() const noexcept { return unmoved_sleeps_ >= 16; }
+
+  private:
+    bool note_switched(uint64_t switches) noexcept;
+    void enter_rseq(Mirror& mirror, SlotId slot, uint32_t generation, uint64_t blocked_word) noexcept;
+
+    Source source_ = Source::off;
+    SlotId slot_ = 0;
+    uint32_t generation_ = 0;
+    uint32_t tid_ = 0;  // what this task wrote into the claim; 0: nothing
+    uint32_t unmoved_sleeps_ = 0;
+
+    const sched_slot* mine_ = nullptr;  // bpf
+    sched_claim* claim_ = nullptr;
+    const sched_header* header_ = nullptr;
+    uint64_t seen_ = 0;  // copy of claim_->seen_switches
+    uint64_t slept_at_ = 0;
+    int tasks_fd_ = -1;
+
+    RseqSlot* rseq_mine_ = nullptr;  // rseq
+    RseqCpu* rseq_cpus_ = nullptr;
+    const volatile uint32_t* cpu_word_ = nullptr;
+    uint32_t cpus_ = 0;
+};
+
+// ---- hot paths ----
+
+inline SchedState Mirror::look(SlotId slot) const noexcept {
+    if (slot == 0 || slot >= limit_) return SchedState::unknown;
+    return source_ == Source::bpf ? look_bpf(slot) : look_rseq(slot);
+}
+
+// The kernel's word, mended by the task's own: on CPU, or known to have run since the last recorded switch.
+// The kernel stores the state before the count (schedmirror.bpf.c), so a task that is being switched out may still be
+// called running for the length of two stores, and never the other way round. Acquire: the counts read are at least as
+// new as the state.
+inline SchedState Mirror::look_bpf(SlotId slot) const noexcept {
+    const sched_slot& s = slots_[slot];
+    const uint32_t state = __atomic_load_n(&s.state, __ATOMIC_ACQUIRE);
+    if (state == SCHED_ON_CPU) return SchedState::on_cpu;
+    const uint64_t seen = __atomic_load_n(&claims_[slot].seen_switches, __ATOMIC_RELAXED);
+    if (seen == __atomic_load_n(&s.switches, __ATOMIC_RELAXED)) return SchedState::on_cpu;
+    return state <= SCHED_DEAD ? static_cast<SchedState>(state) : SchedState::unknown;
+}
+
+inline SchedState Mirror::look_rseq(SlotId slot) const noexcept {
+    const RseqSlot& s = rseq_slots_[slot];
+    const uint32_t cpu = __atomic_load_n(&s.cpu, __ATOMIC_RELAXED);
+    if (cpu >= cpus_) return SchedState::unknown;
+    const uint64_t word = __atomic_load_n(&s.blocked_word, __ATOMIC_RELAXED);
+    if (word >= words_begin_ && word < words_end_ && *reinterpret_cast<const volatile uint32_t*>(word) != 0)
+        return SchedState::blocked;
+    if (cpu == current_cpu()) return SchedState::preempted;  // I run there
+    if (__atomic_load_n(&rseq_cpus_[cpu].last_slot, __ATOMIC_RELAXED) != slot) return SchedState::preempted;
+    return SchedState::on_cpu;
+}
+
+inline bool MirrorTask::note_running() noexcept {
+    if (source_ == Source::bpf) {
+        const uint64_t switches = __atomic_load_n(&mine_->switches, __ATOMIC_RELAXED);
+        return __builtin_expect(switches == seen_, 1) || note_switched(switches);
+    }
+    if (source_ == Source::rseq) {
+        const uint32_t cpu = *cpu_word_;
+        if (__atomic_load_n(&rseq_mine_->cpu, __ATOMIC_RELAXED) != cpu)
+            __atomic_store_n(&rseq_mine_->cpu, cpu, __ATOMIC_RELAXED);
+        if (cpu < cpus_ && __atomic_load_n(&rseq_cpus_[cpu].last_slot, __ATOMIC_RELAXED) != slot_)
+            __atomic_store_n(&rseq_cpus_[cpu].last_slot, slot_, __ATOMIC_RELAXED);
+    }
+    return true;
+}
+
+}  // namespace adaptive

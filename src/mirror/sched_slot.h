@@ -1,0 +1,54 @@
+/* The mirror's memory layout, shared by the kernel-side program (plain C) and everything in user space.
+ *
+ * Two arrays of one cache line per task, indexed by slot number. Number 0 is nobody ("unknown").
+ *   slots:  written by the kernel, mapped read-only by its readers; element 0 is the header
+ *   claims: written by the tasks that own the slots
+ * All integers are in the machine's byte order; every field is read and written as one whole word.
+ */
+#pragma once
+
+#include <linux/types.h>
+
+#define SCHED_MIRROR_MAGIC 0x7363684dU /* "Mhcs" */
+#define SCHED_MIRROR_VERSION 1U        /* of this layout */
+#define SCHED_MIRROR_MAX_SLOTS 65535U  /* a slot number fits 16 bits */
+#define SCHED_NEVER_SEEN (~0ULL)       /* claim.seen_switches: no switch count equals this one */
+
+enum sched_state {
+    SCHED_UNKNOWN = 0,
+    SCHED_ON_CPU = 1,
+    SCHED_PREEMPTED = 2, /* runnable, waiting for a CPU */
+    SCHED_BLOCKED = 3,   /* asleep, waiting for something else */
+    SCHED_DEAD = 4,
+};
+
+struct sched_slot {
+    __u32 state;          /* enum sched_state */
+    __u32 cpu;            /* of the last switch */
+    __u32 tid;            /* in the initial pid namespace */
+    __u32 generation;     /* of the registration that the other fields speak of */
+    __u64 last_switch_ns; /* CLOCK_MONOTONIC */
+    __u64 switches;       /* transitions recorded, in and out; never goes back */
+    __u8 pad[32];
+};
+
+struct sched_claim {
+    __u32 tid;           /* 0: free. Claimed by compare-and-swap; in the claimant's pid namespace */
+    __u32 generation;    /* + 1 at every claim and at every death: tells a slot's users in time apart */
+    __u64 seen_switches; /* "I was running when my slot had this count of switches" */
+    __u8 pad[48];
+};
+
+struct sched_header {
+    __u32 magic;
+    __u32 version;
+    __u32 slots;  /* elements of each array, the header's included */
+    __u32 active; /* 0 once unloaded; nothing changes afterwards */
+    __u8 pad[48];
+};
+
+/* What a task's registration (kernel task storage) says. */
+struct sched_registration {
+    __u32 slot;
+    __u32 generation;
+};
