@@ -60,7 +60,7 @@ enum class WaitState : uint8_t { not_waiting, waiting, removed };  ///< removed:
 enum class WaitPolicy : int { owner, blind, park };
 
 /// What happened on the slow path, for the statistics.
-enum class WaitEvent : uint8_t {
+enum class LockEvent : uint8_t {
     contended,
     spin_acquired,
     owner_off_cpu,
@@ -91,17 +91,17 @@ struct StateBits {
  *   spare_for_ticks()                 I4's bound, CycleClock ticks
  *   state(Lock&)                      std::atomic_ref<uint32_t>
  *   wait_list(Lock&), empty_list()    WaitList& in the lock; an empty local one
- *   push_head/push_tail/erase(WaitList&, Waiter), first(WaitList&), next(Waiter), empty(WaitList&)
+ *   push_head/push_tail/erase(WaitList&, Waiter), first(WaitList&), next(WaitList&, Waiter), empty(WaitList&)
  *   self()                            this task's Waiter (may refuse: no return)
  *   wait_state(Waiter)                std::atomic_ref<uint8_t> holding a WaitState
- *   wait_mode(Waiter)                 LockMode& of a queued waiter
+ *   wait_mode(Waiter), set_wait_mode(Waiter, LockMode)      what a queued waiter waits for
  *   lock_list_contended(Lock&)        wait until list_locked looks clear
  *   sleep(), wake(Waiter)             semaphore down on self, up on another; both may be spurious
  *   sleep_begins/sleep_ended(Lock&, LockMode)   reporting around a sleep
  *   policy(), budget()                WaitPolicy and SpinBudget in force
  *   set_owner(Lock&), owner_state(Lock&)        this task took the lock; the mirror's word on who did
  *   set_spinner(Lock&), spinner_state(Lock&)    likewise for the spinner
- *   count(Lock&, WaitEvent, uint64_t)
+ *   count(Lock&, LockEvent, uint64_t)
  */
 template <class Host>
 class AdaptiveLock {
@@ -134,7 +134,7 @@ class AdaptiveLock {
             Host::set_owner(lock);
             return true;
         }
-        Host::count(lock, WaitEvent::contended, 1);
+        Host::count(lock, LockEvent::contended, 1);
         queue_self(lock, LockMode::until_free);
         if (attempt(lock, mode)) {
             dequeue_self(lock);
@@ -163,7 +163,7 @@ class AdaptiveLock {
                 dequeue_self(lock);
                 return freed;
             }
-            Host::count(lock, WaitEvent::contended, 1);
+            Host::count(lock, LockEvent::contended, 1);
             sleep_until_woken(lock, LockMode::exclusive);
         }
     }
@@ -220,7 +220,7 @@ class AdaptiveLock {
     }
 
     [[gnu::noinline]] static void acquire_contended(Lock& lock, LockMode mode) {
-        Host::count(lock, WaitEvent::contended, 1);
+        Host::count(lock, LockEvent::contended, 1);
         for (;;) {
             if (spin(lock, mode)) break;
 
@@ -253,16 +253,16 @@ class AdaptiveLock {
         // From here on releases wake again, and the queueing and last attempt that follow make good for those before.
         if (end != SpinEnd::acquired) Host::state(lock).fetch_and(~kBits.spinner);
 
-        Host::count(lock, WaitEvent::spin_ticks, CycleClock::now() - start);
+        Host::count(lock, LockEvent::spin_ticks, CycleClock::now() - start);
         switch (end) {
             case SpinEnd::acquired:
-                Host::count(lock, WaitEvent::spin_acquired, 1);
+                Host::count(lock, LockEvent::spin_acquired, 1);
                 return true;
             case SpinEnd::owner_off_cpu:
-                Host::count(lock, WaitEvent::owner_off_cpu, 1);
+                Host::count(lock, LockEvent::owner_off_cpu, 1);
                 return false;
             case SpinEnd::budget_spent:
-                Host::count(lock, WaitEvent::budget_spent, 1);
+                Host::count(lock, LockEvent::budget_spent, 1);
                 return false;
         }
         return false;
@@ -284,7 +284,7 @@ class AdaptiveLock {
         if (lockers_may_go && !((left & kBits.spinner) && may_spare_wakeup(lock))) {
             wake_waiters(lock);
         } else {
-            if (lockers_may_go) Host::count(lock, WaitEvent::wakeup_spared, 1);
+            if (lockers_may_go) Host::count(lock, LockEvent::wakeup_spared, 1);
             if (left & kBits.until_free) wake_until_free(lock);  // I3
         }
     }
@@ -309,7 +309,7 @@ class AdaptiveLock {
         WaitList& list = Host::wait_list(lock);
         bool woke_locker = false;
         for (Waiter w = Host::first(list); w != Host::kNobody;) {
-            const Waiter next = Host::next(w);
+            const Waiter next = Host::next(list, w);
             const LockMode mode = Host::wait_mode(w);
             if (!(woke_locker && mode == LockMode::exclusive)) {
                 move_to(list, woken, w);
@@ -355,7 +355,7 @@ class AdaptiveLock {
     static void queue_self(Lock& lock, LockMode mode) {
         const Waiter self = Host::self();
         lock_list(lock);
-        Host::wait_mode(self) = mode;
+        Host::set_wait_mode(self, mode);
         set_wait_state(self, WaitState::waiting);
         if (mode == LockMode::until_free)
             Host::push_head(Host::wait_list(lock), self);
@@ -383,7 +383,7 @@ class AdaptiveLock {
     }
 
     static void sleep_until_woken(Lock& lock, LockMode mode) {
-        Host::count(lock, WaitEvent::slept, 1);
+        Host::count(lock, LockEvent::slept, 1);
         Host::sleep_begins(lock, mode);
         absorb_wakeup();
         Host::sleep_ended(lock, mode);
@@ -406,7 +406,7 @@ class AdaptiveLock {
         WaitList woken = Host::empty_list();
         WaitList& list = Host::wait_list(lock);
         for (Waiter w = Host::first(list); w != Host::kNobody && Host::wait_mode(w) == LockMode::until_free;) {
-            const Waiter next = Host::next(w);
+            const Waiter next = Host::next(list, w);
             move_to(list, woken, w);
             w = next;
         }
@@ -421,13 +421,13 @@ class AdaptiveLock {
 
     static void wake_all(Lock& lock, WaitList& woken) {
         for (Waiter w = Host::first(woken); w != Host::kNobody;) {
-            const Waiter next = Host::next(w);
+            const Waiter next = Host::next(woken, w);
             Host::erase(woken, w);
             // Only now may the waiter queue itself elsewhere: the erase above must be visible first. Pairs with the
             // load in wait_state() by absorb_wakeup().
             set_wait_state(w, WaitState::not_waiting);
             Host::wake(w);
-            Host::count(lock, WaitEvent::wakeup_sent, 1);
+            Host::count(lock, LockEvent::wakeup_sent, 1);
             w = next;
         }
     }

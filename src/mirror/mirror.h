@@ -127,7 +127,7 @@ class MirrorTask {
 
   private:
     bool note_switched(uint64_t switches) noexcept;
-    void enter_rseq(Mirror& mirror, SlotId slot, uint32_t generation, uint64_t blocked_word) noexcept;
+    void enter_rseq(Mirror& mirror, SlotId slot, uint64_t blocked_word) noexcept;
 
     Source source_ = Source::off;
     SlotId slot_ = 0;

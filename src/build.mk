@@ -1,0 +1,53 @@
+# The library, the schedmirror command, their unit tests and the micro-benchmark, all built into build/.
+# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|switch_cost]
+#
+# Needs: g++; for the kernel side clang, bpftool, libbpf-dev, libboost-program-options-dev; for the tests libgtest-dev and
+# libboost-dev. SCHEDMIRROR=no leaves out the kernel side.
+
+B := build
+ADAPTIVE_CXX ?= g++
+ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP
+CLANG ?= clang
+BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
+
+LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp)
+LIB_OBJECTS := $(LIB_SOURCES:%.cpp=$(B)/%.o)
+UNIT_TESTS := $(patsubst regress/unit/%.cpp,$(B)/unit/%,$(wildcard regress/unit/*_test.cpp))
+
+.PHONY: adaptive lib schedmirror unit switch_cost
+adaptive: lib schedmirror unit switch_cost
+lib: $(B)/libadaptive.a
+schedmirror: $(B)/schedmirror
+unit: $(UNIT_TESTS)
+switch_cost: $(B)/switch_cost
+
+# No exception and no allocation in what runs inside other people's processes.
+$(LIB_OBJECTS): $(B)/src/%.o: src/%.cpp
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -fPIC -fno-exceptions -fno-rtti -c $< -o $@
+
+$(B)/libadaptive.a: $(LIB_OBJECTS)
+	rm -f $@
+	$(AR) rcs $@ $^
+
+# clang's BPF target does not know the multiarch directory that <linux/types.h> needs for <asm/types.h>.
+$(B)/schedmirror.bpf.o: src/schedmirror/schedmirror.bpf.c src/mirror/sched_slot.h
+	@mkdir -p $(@D)
+	$(CLANG) -target bpf -mcpu=v3 -O2 -g -Wall -Isrc -I/usr/include/$(shell $(ADAPTIVE_CXX) -print-multiarch) -c $< -o $@
+
+$(B)/schedmirror.skel.h: $(B)/schedmirror.bpf.o
+	$(BPFTOOL) gen skeleton $< name schedmirror_bpf > $@.tmp
+	mv $@.tmp $@
+
+$(B)/schedmirror: src/schedmirror/main.cpp src/schedmirror/loader.cpp $(B)/schedmirror.skel.h $(B)/libadaptive.a
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -I$(B) $(filter %.cpp,$^) $(B)/libadaptive.a -lbpf -lboost_program_options -o $@
+
+$(UNIT_TESTS): $(B)/unit/%: regress/unit/%.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lgtest -lgtest_main -lpthread -o $@
+
+$(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
+
+-include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(B)/switch_cost.d $(wildcard $(B)/schedmirror*.d)

@@ -1,0 +1,28 @@
+// Source `bpf`: reaching what `schedmirror load` pinned, and registering with the kernel, by raw bpf(2) calls.
+// No libbpf: this runs inside other people's processes. Needs no privilege beyond access to the pinned files.
+//
+// Thread safety: every function, from any thread. Errors: one line in Error, see mirror.h.
+#pragma once
+
+#include <cstddef>
+
+#include "mirror/mirror.h"
+
+namespace adaptive::bpf {
+
+// The pinned maps, open and mapped.
+struct Maps {
+    uint32_t slots;  // elements of each array
+    const sched_slot* slot_array;
+    sched_claim* claim_array;
+    int tasks_fd;
+};
+
+bool open_maps(const char* dir, Maps* maps, Error* error) noexcept;
+void close_maps(const Maps& maps) noexcept;
+
+// The calling task's registration in the task storage. set: 0 or errno.
+int set_registration(int tasks_fd, const sched_registration& registration) noexcept;
+void delete_registration(int tasks_fd) noexcept;
+
+}  // namespace adaptive::bpf
