@@ -1,0 +1,185 @@
+#include "backend_mirror.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <sys/sysinfo.h>
+
+#include "settings.h"
+
+extern "C" {
+#include "access/twophase.h"
+#include "access/xact.h"
+}
+
+namespace adaptive::backend_mirror {
+
+namespace internal {
+Mirror mirror;
+MirrorTask task;
+SlotId own_slot = 0;
+bool settled = false;
+Spinner* spinners = nullptr;
+static_assert(kSpinners == 256, "spinner_of() takes eight bits of the hash");
+}  // namespace internal
+
+using namespace internal;
+
+namespace {
+
+SlotId* slot_of_backend = nullptr;  // shared memory, indexed by PGPROC number
+Source wanted = Source::off;        // what the postmaster chose at start
+char not_bpf_reason[sizeof(Error::text)];
+uint64_t next_try = 0;  // CycleClock
+
+int backends() { return MaxBackends + NUM_AUXILIARY_PROCS + max_prepared_xacts; }
+
+// The rseq source's slots are PGPROC numbers + 1, and 0 is nobody.
+uint32_t rseq_slots() { return Min(static_cast<uint32_t>(backends()) + 1, SCHED_MIRROR_MAX_SLOTS); }
+uint32_t cpus() { return static_cast<uint32_t>(get_nprocs_conf()); }
+
+void publish_slot(SlotId slot) {
+    own_slot = slot;
+    slot_of_backend[server::proc_number(MyProc)] = slot;
+}
+
+bool attach(Error* error) {
+    switch (mirror.source()) {
+        case Source::bpf:
+            return task.attach(mirror, error);
+        case Source::rseq: {
+            const uint32_t slot = static_cast<uint32_t>(server::proc_number(MyProc)) + 1;
+            return slot < rseq_slots() && task.attach_rseq(mirror, static_cast<SlotId>(slot),
+                                                           &MyProc->wait_event_info, error);
+        }
+        case Source::off:
+            break;
+    }
+    return false;
+}
+
+void open_mirror_in_shmem(void* rseq_table) {
+    Error error = {};
+    const auto setting = static_cast<settings::SchedStateSource>(settings::sched_state);
+    using enum settings::SchedStateSource;
+
+    mirror.close();
+    wanted = Source::off;
+    if (setting == bpf || setting == automatic) {
+        if (mirror.open_bpf(kMirrorDir, &error)) {
+            wanted = Source::bpf;
+            not_bpf_reason[0] = '\0';
+            return;
+        }
+        strlcpy(not_bpf_reason, error.text, sizeof(not_bpf_reason));
+        if (setting == bpf) wanted = Source::bpf;  // it may be loaded later
+    } else {
+        snprintf(not_bpf_reason, sizeof(not_bpf_reason), "adaptive_lwlock.sched_state is set to \"%s\"",
+                 setting == rseq ? "rseq" : "off");
+    }
+    if (setting == rseq || setting == automatic) {
+        Mirror::rseq_format(rseq_table, rseq_slots(), cpus());
+        if (mirror.open_rseq(rseq_table, &error, ProcGlobal->allProcs, sizeof(PGPROC) * ProcGlobal->allProcCount))
+            wanted = Source::rseq;
+        else
+            ereport(WARNING, (errmsg("adaptive_lwlock: source rseq is not available: %s", error.text)));
+    }
+}
+
+/// The mirror that the kernel kept is gone, or was never there: is it back?
+void try_again() {
+    if (wanted != Source::bpf || MyProc == nullptr || own_slot != 0) return;
+    const uint64_t now = CycleClock::now();
+    if (now < next_try) return;
+    next_try = now + 1'000'000 * CycleClock::ticks_per_microsecond();
+
+    Error error;
+    if (!mirror.active()) {
+        task.detach();
+        mirror.close();
+        if (!mirror.open_bpf(kMirrorDir, &error)) return;
+    }
+    if (task.attach(mirror, &error)) publish_slot(task.slot());
+}
+
+void at_transaction_end(XactEvent event, void*) {
+    if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT) try_again();
+}
+
+void child_after_fork() {
+    task.reset_after_fork();
+    own_slot = 0;
+    settled = false;
+    next_try = 0;
+}
+
+}  // namespace
+
+size_t shmem_bytes() {
+    return add_size(add_size(sizeof(Spinner) * kSpinners, sizeof(SlotId) * static_cast<size_t>(backends())),
+                    Mirror::rseq_bytes(rseq_slots(), cpus())) +
+           3 * 128;
+}
+
+void shmem_startup() {
+    bool found;
+    spinners = static_cast<Spinner*>(
+        ShmemInitStruct("adaptive_lwlock spinners", sizeof(Spinner) * kSpinners, &found));
+    MemSet(spinners, 0, sizeof(Spinner) * kSpinners);
+    const size_t bytes = sizeof(SlotId) * static_cast<size_t>(backends());
+    slot_of_backend = static_cast<SlotId*>(ShmemInitStruct("adaptive_lwlock slots", bytes, &found));
+    MemSet(slot_of_backend, 0, bytes);
+    open_mirror_in_shmem(
+        ShmemInitStruct("adaptive_lwlock rseq mirror", Mirror::rseq_bytes(rseq_slots(), cpus()), &found));
+}
+
+void register_callbacks() {
+    pthread_atfork(nullptr, nullptr, child_after_fork);
+    RegisterXactCallback(at_transaction_end, nullptr);
+}
+
+Status status() {
+    const bool running = mirror.source() != Source::off && mirror.active();
+    const char* reason = nullptr;
+    if (mirror.source() == Source::bpf && !mirror.active())
+        reason = "the kernel side was unloaded; load it again with: schedmirror load";
+    else if (mirror.source() != Source::bpf && not_bpf_reason[0] != '\0')
+        reason = not_bpf_reason;
+    return {.source = !running                             ? "off"
+                      : mirror.source() == Source::bpf ? "bpf"
+                                                       : "rseq",
+            .source_reason = reason,
+            .slots_used = running ? mirror.used() : 0,
+            .slots_total = running ? mirror.capacity() : 0};
+}
+
+BackendSlot of_backend(int proc_number) {
+    const SlotId slot = slot_of_backend[proc_number];
+    return {.slot = slot, .info = mirror.info(slot)};
+}
+
+namespace internal {
+
+void attach_first_time() {
+    // The postmaster sets shared memory up without a PGPROC; its children get theirs before they take any lock that
+    // they could have to wait for.
+    if (MyProc == nullptr || slot_of_backend == nullptr) return;
+    settled = true;
+    publish_slot(0);
+    if (mirror.source() == Source::off) return;
+    if (mirror.source() == Source::bpf && !mirror.active()) return try_again();
+    Error error;
+    if (attach(&error)) publish_slot(task.slot());
+}
+
+void lost() {
+    task.detach();
+    publish_slot(0);
+}
+
+void after_sleep() {
+    task.note_slept();
+    if (own_slot == 0) try_again();
+}
+
+}  // namespace internal
+}  // namespace adaptive::backend_mirror

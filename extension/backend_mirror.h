@@ -1,0 +1,77 @@
+#pragma once
+/*
+ * This server's use of the mirror: which source keeps it, this process's own slot in it, and the owner-to-slot tables.
+ *
+ * Every process attaches at the first lock it acquires with a PGPROC of its own; the kernel (bpf) or the next process
+ * with the same PGPROC (rseq) takes the slot back. When the mirror is unloaded the process notices, goes on without a
+ * slot (owners are unknown then, and spins short), and attaches again once the mirror is back: it looks at the end of a
+ * transaction and after sleeps, at most once a second.
+ */
+
+#include <atomic>
+
+#include "mirror/mirror.h"
+#include "server/server.h"
+
+namespace adaptive::backend_mirror {
+
+size_t shmem_bytes();
+/// Postmaster: sets the shared tables up and opens the source that the settings ask for.
+void shmem_startup();
+/// Once per process tree, before any fork.
+void register_callbacks();
+
+struct Status {
+    const char* source;         // bpf, rseq or off
+    const char* source_reason;  // why it is not bpf, or null
+    uint32_t slots_used, slots_total;
+};
+Status status();
+
+struct BackendSlot {
+    SlotId slot;  // 0: none
+    SlotInfo info;
+};
+/// What the mirror says of a process, by the number of its PGPROC.
+BackendSlot of_backend(int proc_number);
+
+namespace [[gnu::visibility("hidden")]] internal {
+extern Mirror mirror;
+extern MirrorTask task;
+extern SlotId own_slot;
+extern bool settled;  // this process has attached, or has failed to and goes on without
+void attach_first_time();
+void lost();
+void after_sleep();
+struct alignas(64) Spinner {
+    SlotId slot;
+};
+constexpr size_t kSpinners = 256;
+extern Spinner* spinners;
+}  // namespace internal
+
+// ---- hot paths ----
+
+/// Said at every acquire: "I run".
+inline void note_running() {
+    if (!internal::settled) [[unlikely]]
+        internal::attach_first_time();
+    else if (!internal::task.note_running()) [[unlikely]]
+        internal::lost();
+}
+
+inline SlotId slot() { return internal::own_slot; }
+
+inline SchedState look(SlotId slot) { return internal::mirror.look(slot); }
+
+/// This process has slept for a lock and runs again.
+inline void note_slept() { internal::after_sleep(); }
+
+/// The slot of whoever spins for the lock at this address. Locks share entries, and a lock in dynamic shared memory has
+/// another address in every process: like everything about the mirror it is a hint.
+inline std::atomic_ref<SlotId> spinner_of(const void* lock) {
+    const uint64_t hash = reinterpret_cast<uint64_t>(lock) * 0x9E3779B97F4A7C15u;
+    return std::atomic_ref<SlotId>(internal::spinners[hash >> 56].slot);
+}
+
+}  // namespace adaptive::backend_mirror

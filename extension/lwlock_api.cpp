@@ -1,0 +1,189 @@
+/*
+ * The public functions of the server's lwlock.c that touch a lock's state or the list of locks held, on AdaptiveLock.
+ *
+ * The server keeps its list of held locks to itself, so all of these functions are replaced together and this list is
+ * the only one in use. Arguments, results, errors, interrupt holdoff and probes are those of the server.
+ */
+
+#include "lwlock_api.h"
+
+#include "lwlock_host.h"
+
+// Raised by a tracer that attaches to the probe of the same name; see lwlock_probes.h.
+extern "C" {
+#define PROBE_SEMAPHORE __attribute__((section(".probes"), visibility("hidden"), used)) unsigned short
+PROBE_SEMAPHORE postgresql_lwlock__acquire_semaphore = 0;
+PROBE_SEMAPHORE postgresql_lwlock__release_semaphore = 0;
+PROBE_SEMAPHORE postgresql_lwlock__wait__start_semaphore = 0;
+PROBE_SEMAPHORE postgresql_lwlock__wait__done_semaphore = 0;
+PROBE_SEMAPHORE postgresql_lwlock__condacquire_semaphore = 0;
+PROBE_SEMAPHORE postgresql_lwlock__condacquire__fail_semaphore = 0;
+PROBE_SEMAPHORE postgresql_lwlock__acquire__or__wait_semaphore = 0;
+PROBE_SEMAPHORE postgresql_lwlock__acquire__or__wait__fail_semaphore = 0;
+}
+
+namespace adaptive::lwlock_api {
+namespace {
+
+using Waiting = AdaptiveLock<LwlockHost>;
+
+// ---- the locks that this process holds ----
+
+struct Held {
+    LWLock* lock;
+    LWLockMode mode;
+};
+constexpr int kMostHeld = 200;  // as the server: pg_buffercache takes all buffer partitions at once
+
+Held held[kMostHeld];
+int num_held = 0;
+
+void ensure_room() {
+    if (num_held >= kMostHeld) elog(ERROR, "too many LWLocks taken");
+}
+
+void remember(LWLock* lock, LWLockMode mode) { held[num_held++] = {lock, mode}; }
+
+/// Takes the lock off the list and says how it was held. Most often it is the last one taken.
+LWLockMode forget(LWLock* lock) {
+    int i = num_held;
+    while (--i >= 0 && held[i].lock != lock) {
+    }
+    if (i < 0) elog(ERROR, "lock %s is not held", probe::tranche_name(*lock));
+    const LWLockMode mode = held[i].mode;
+    num_held--;
+    for (; i < num_held; i++) held[i] = held[i + 1];
+    return mode;
+}
+
+LockMode waiting_mode(LWLockMode mode) { return static_cast<LockMode>(mode); }
+
+// ---- the replacements ----
+
+bool acquire(LWLock* lock, LWLockMode mode) {
+    ensure_room();
+    HOLD_INTERRUPTS();
+    backend_mirror::note_running();
+    const bool at_once = Waiting::acquire(*lock, waiting_mode(mode));
+    probe::acquired(*lock, mode);
+    remember(lock, mode);
+    return at_once;
+}
+
+bool conditional_acquire(LWLock* lock, LWLockMode mode) {
+    ensure_room();
+    HOLD_INTERRUPTS();
+    backend_mirror::note_running();
+    if (!Waiting::acquire_conditionally(*lock, waiting_mode(mode))) {
+        RESUME_INTERRUPTS();
+        probe::conditional_acquire_failed(*lock, mode);
+        return false;
+    }
+    remember(lock, mode);
+    probe::conditionally_acquired(*lock, mode);
+    return true;
+}
+
+bool acquire_or_wait(LWLock* lock, LWLockMode mode) {
+    ensure_room();
+    HOLD_INTERRUPTS();
+    backend_mirror::note_running();
+    if (!Waiting::acquire_or_wait(*lock, waiting_mode(mode))) {
+        RESUME_INTERRUPTS();
+        probe::acquire_or_wait_failed(*lock, mode);
+        return false;
+    }
+    remember(lock, mode);
+    probe::acquired_or_waited(*lock, mode);
+    return true;
+}
+
+bool wait_for_var(LWLock* lock, server::Variable* variable, uint64 old_value, uint64* new_value) {
+    HOLD_INTERRUPTS();
+    const bool freed = Waiting::wait_until(*lock, [&] {
+        const uint64 value = server::read(variable);
+        if (value == old_value) return false;
+        *new_value = value;
+        return true;
+    });
+    RESUME_INTERRUPTS();
+    return freed;
+}
+
+void update_var(LWLock* lock, server::Variable* variable, uint64 value) {
+    Waiting::update(*lock, [&] { server::write(variable, value); });
+}
+
+void release(LWLock* lock) {
+    const LWLockMode mode = forget(lock);
+    Waiting::release(*lock, waiting_mode(mode));
+    probe::released(*lock);
+    RESUME_INTERRUPTS();
+}
+
+void release_clear_var(LWLock* lock, server::Variable* variable, uint64 value) {
+    // Before the release, or the next holder's value could be overwritten.
+    Waiting::with_list_locked(*lock, [&] { server::write(variable, value); });
+    release(lock);
+}
+
+void release_all() {
+    while (num_held > 0) {
+        HOLD_INTERRUPTS();  // error recovery has set the count; release() must not lower it
+        release(held[num_held - 1].lock);
+    }
+}
+
+void for_each_held_by_me(void (*callback)(LWLock*, LWLockMode, void*), void* context) {
+    for (int i = 0; i < num_held; i++) callback(held[i].lock, held[i].mode, context);
+}
+
+bool held_by_me(LWLock* lock) {
+    for (int i = 0; i < num_held; i++)
+        if (held[i].lock == lock) return true;
+    return false;
+}
+
+bool any_held_by_me(LWLock* locks, int nlocks, size_t stride) {
+    const char* begin = reinterpret_cast<const char*>(locks);
+    const char* end = begin + static_cast<size_t>(nlocks) * stride;
+    for (int i = 0; i < num_held; i++) {
+        const char* lock = reinterpret_cast<const char*>(held[i].lock);
+        if (lock >= begin && lock < end && static_cast<size_t>(lock - begin) % stride == 0) return true;
+    }
+    return false;
+}
+
+bool held_by_me_in_mode(LWLock* lock, LWLockMode mode) {
+    for (int i = 0; i < num_held; i++)
+        if (held[i].lock == lock && held[i].mode == mode) return true;
+    return false;
+}
+
+/// The template makes the compiler check that the replacement has the original's type.
+template <class Function>
+patch::Replacement replace(const char* name, Function* original, Function* replacement, int args) {
+    return {name, reinterpret_cast<void*>(original), reinterpret_cast<void*>(replacement), args};
+}
+
+}  // namespace
+
+#define REPLACE(original, replacement, args) replace(#original, original, replacement, args)
+const patch::Replacement kReplacements[kFunctions] = {
+    REPLACE(LWLockAcquire, acquire, 2),
+    REPLACE(LWLockConditionalAcquire, conditional_acquire, 2),
+    REPLACE(LWLockAcquireOrWait, acquire_or_wait, 2),
+    REPLACE(LWLockWaitForVar, wait_for_var, 4),
+    REPLACE(LWLockUpdateVar, update_var, 3),
+    REPLACE(LWLockRelease, release, 1),
+    REPLACE(LWLockReleaseClearVar, release_clear_var, 3),
+    REPLACE(LWLockReleaseAll, release_all, 0),
+    REPLACE(ForEachLWLockHeldByMe, for_each_held_by_me, 2),
+    REPLACE(LWLockHeldByMe, held_by_me, 1),
+    REPLACE(LWLockAnyHeldByMe, any_held_by_me, 3),
+    REPLACE(LWLockHeldByMeInMode, held_by_me_in_mode, 2),
+};
+
+int held_count() { return num_held; }
+
+}  // namespace adaptive::lwlock_api
