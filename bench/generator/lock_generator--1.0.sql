@@ -24,5 +24,10 @@ RETURNS bigint LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 CREATE FUNCTION lock_generator_stress_totals(OUT exclusive bigint, OUT shared bigint, OUT value bigint)
 RETURNS record LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 
+-- Raises an error while it holds both locks, one exclusively and one shared.
+CREATE FUNCTION lock_generator_error()
+RETURNS void LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
+
 REVOKE ALL ON FUNCTION lock_generator_run(int, int, float8, int, int, int, int, int), lock_generator_calibrate(),
-    lock_generator_line_cost(), lock_generator_stress(bigint, int), lock_generator_stress_totals() FROM PUBLIC;
+    lock_generator_line_cost(), lock_generator_stress(bigint, int), lock_generator_stress_totals(),
+    lock_generator_error() FROM PUBLIC;

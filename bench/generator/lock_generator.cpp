@@ -33,6 +33,7 @@ PG_FUNCTION_INFO_V1(lock_generator_calibrate);
 PG_FUNCTION_INFO_V1(lock_generator_line_cost);
 PG_FUNCTION_INFO_V1(lock_generator_stress);
 PG_FUNCTION_INFO_V1(lock_generator_stress_totals);
+PG_FUNCTION_INFO_V1(lock_generator_error);
 
 PGDLLEXPORT void _PG_init(void);
 }
@@ -290,4 +291,13 @@ Datum lock_generator_stress_totals(PG_FUNCTION_ARGS) {
                       Int64GetDatum(int64(value))};
     bool nulls[3] = {};
     PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(row, values, nulls)));
+}
+
+Datum lock_generator_error(PG_FUNCTION_ARGS) {
+    (void)fcinfo;
+    require_preload();
+    LWLockAcquire(run_lock, LW_EXCLUSIVE);
+    LWLockAcquire(stress_lock, LW_SHARED);
+    ereport(ERROR, (errmsg("lock_generator: raised while holding the lock")));
+    PG_RETURN_VOID();
 }
