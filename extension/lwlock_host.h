@@ -22,7 +22,7 @@ static_assert(static_cast<int>(LockMode::exclusive) == LW_EXCLUSIVE);
 static_assert(static_cast<int>(LockMode::shared) == LW_SHARED);
 static_assert(static_cast<int>(LockMode::until_free) == LW_WAIT_UNTIL_FREE);
 
-struct LwlockHost {
+struct [[gnu::visibility("hidden")]] LwlockHost {
     using Lock = LWLock;
     using Waiter = int;  // the number of a PGPROC
     using WaitList = proclist_head;
@@ -87,23 +87,25 @@ struct LwlockHost {
     static SpinBudget budget() { return settings::spin_budget(); }
     static uint64_t spare_for_ticks() { return settings::kSpareForMicroseconds * CycleClock::ticks_per_microsecond(); }
 
-    static void set_owner(LWLock& lock) { owner(lock).store(backend_mirror::slot(), std::memory_order_relaxed); }
-    static SchedState owner_state(LWLock& lock) {
-        return backend_mirror::look(owner(lock).load(std::memory_order_relaxed));
-    }
+    static PaceLearner& pace() { return pace_; }
+
+    static void set_owner(LWLock& lock) { owner_of(lock).store(backend_mirror::slot(), std::memory_order_relaxed); }
+    static SlotId owner(LWLock& lock) { return owner_of(lock).load(std::memory_order_relaxed); }
     static void set_spinner(LWLock& lock) {
         backend_mirror::spinner_of(&lock).store(backend_mirror::slot(), std::memory_order_relaxed);
     }
-    static SchedState spinner_state(LWLock& lock) {
-        return backend_mirror::look(backend_mirror::spinner_of(&lock).load(std::memory_order_relaxed));
+    static SlotId spinner(LWLock& lock) {
+        return backend_mirror::spinner_of(&lock).load(std::memory_order_relaxed);
     }
+    static SchedState look(SlotId slot) { return backend_mirror::look(slot); }
 
     static void count(LWLock& lock, LockEvent event, uint64_t n) { stats::count(lock.tranche, event, n); }
 
   private:
+    static inline PaceLearner pace_;
     static constexpr size_t kLink = offsetof(PGPROC, lwWaitLink);
 
-    static std::atomic_ref<SlotId> owner(LWLock& lock) {
+    static std::atomic_ref<SlotId> owner_of(LWLock& lock) {
         return std::atomic_ref<SlotId>(
             *reinterpret_cast<SlotId*>(reinterpret_cast<char*>(&lock) + server::kOwnerOffset));
     }

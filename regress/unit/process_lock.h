@@ -58,6 +58,7 @@ struct ProcessHost {
     static inline thread_local WaitPolicy wait_policy = WaitPolicy::owner;
     static inline thread_local SchedState (*hint)(uint16_t slot) = [](uint16_t) { return SchedState::unknown; };
     static inline thread_local uint64_t counts[static_cast<int>(LockEvent::spin_ticks) + 1] = {};
+    static inline thread_local PaceLearner learner;
     static inline uint64_t spin_microseconds = 100;
 
     static std::atomic_ref<uint32_t> state(Lock& l) { return std::atomic_ref<uint32_t>(l.state); }
@@ -93,10 +94,12 @@ struct ProcessHost {
         return {.watched = ticks, .unwatched = ticks / 5};
     }
     static uint64_t spare_for_ticks() { return 1000 * CycleClock::ticks_per_microsecond(); }
+    static PaceLearner& pace() { return learner; }
     static void set_owner(Lock& l) { l.owner.store(slot, std::memory_order_relaxed); }
-    static SchedState owner_state(Lock& l) { return hint(l.owner.load(std::memory_order_relaxed)); }
+    static uint16_t owner(Lock& l) { return l.owner.load(std::memory_order_relaxed); }
     static void set_spinner(Lock& l) { l.spinner.store(slot, std::memory_order_relaxed); }
-    static SchedState spinner_state(Lock& l) { return hint(l.spinner.load(std::memory_order_relaxed)); }
+    static uint16_t spinner(Lock& l) { return l.spinner.load(std::memory_order_relaxed); }
+    static SchedState look(uint16_t slot) { return hint(slot); }
     static void count(Lock&, LockEvent e, uint64_t n) { counts[static_cast<int>(e)] += n; }
 };
 

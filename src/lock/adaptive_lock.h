@@ -99,8 +99,10 @@ struct StateBits {
  *   sleep(), wake(Waiter)             semaphore down on self, up on another; both may be spurious
  *   sleep_begins/sleep_ended(Lock&, LockMode)   reporting around a sleep
  *   policy(), budget()                WaitPolicy and SpinBudget in force
- *   set_owner(Lock&), owner_state(Lock&)        this task took the lock; the mirror's word on who did
- *   set_spinner(Lock&), spinner_state(Lock&)    likewise for the spinner
+ *   set_owner(Lock&), owner(Lock&)    this task took the lock; the slot of who did
+ *   set_spinner(Lock&), spinner(Lock&)          likewise for the spinner
+ *   look(slot)                        SchedState of a slot: the mirror's word
+ *   pace()                            this task's PaceLearner
  *   count(Lock&, LockEvent, uint64_t)
  */
 template <class Host>
@@ -113,6 +115,7 @@ class AdaptiveLock {
   public:
     /// Takes the lock. True if it was free at once, false if it had to be waited for.
     static bool acquire(Lock& lock, LockMode mode) {
+        if (mode == LockMode::exclusive) Host::pace().acquiring(&lock);
         if (attempt(lock, mode)) [[likely]] {
             Host::set_owner(lock);
             return true;
@@ -197,6 +200,7 @@ class AdaptiveLock {
         const uint32_t hold = hold_of(mode);
         // Pairs with the waiters' publication in unlock_list(): see the file's head.
         const uint32_t left = Host::state(lock).fetch_sub(hold) - hold;
+        if (mode == LockMode::exclusive) Host::pace().released(&lock);
         if ((left & (kBits.held_mask | kBits.has_waiters)) == kBits.has_waiters) [[unlikely]]
             after_release(lock, left);
     }
@@ -236,6 +240,7 @@ class AdaptiveLock {
             if (attempt(lock, mode)) break;
         }
         Host::set_owner(lock);
+        if (mode == LockMode::exclusive) Host::pace().acquired_contended(&lock);
     }
 
     // ---- the spinner ------------------------------------------------------------------------------------------
@@ -247,9 +252,9 @@ class AdaptiveLock {
 
         const uint64_t start = CycleClock::now();
         const SpinEnd end = spin_on_owner(
-            [&] { return attempt(lock, mode, kBits.spinner); },
-            [&] { return policy == WaitPolicy::blind ? SchedState::on_cpu : Host::owner_state(lock); },
-            Host::budget());
+            [&] { return attempt(lock, mode, kBits.spinner); }, [&] { return Host::owner(lock); },
+            [&](auto owner) { return policy == WaitPolicy::blind ? SchedState::on_cpu : Host::look(owner); },
+            Host::budget(), mode == LockMode::exclusive ? Host::pace().pace(&lock) : SpinPace::quick());
         // From here on releases wake again, and the queueing and last attempt that follow make good for those before.
         if (end != SpinEnd::acquired) Host::state(lock).fetch_and(~kBits.spinner);
 
@@ -294,10 +299,7 @@ class AdaptiveLock {
         thread_local uint64_t sparing_since = 0;  // 0: the last contended release woke
         const uint64_t now = CycleClock::now();
         if (sparing_since == 0) sparing_since = now;
-        const SchedState spinner = Host::spinner_state(lock);
-        if (now - sparing_since < Host::spare_for_ticks() &&
-            (spinner == SchedState::on_cpu || spinner == SchedState::unknown))
-            return true;
+        if (now - sparing_since < Host::spare_for_ticks() && !is_off_cpu(Host::look(Host::spinner(lock)))) return true;
         sparing_since = 0;
         return false;
     }

@@ -13,10 +13,13 @@
 
 #include "mirror/mirror.h"
 #include "spin/cycle_clock.h"
+#include "spin/pace.h"
 
 namespace adaptive {
 
 enum class SpinEnd : uint8_t { acquired, owner_off_cpu, budget_spent };
+
+inline bool is_off_cpu(SchedState state) { return state != SchedState::on_cpu && state != SchedState::unknown; }
 
 /// How long a spin may last, in CycleClock ticks.
 struct SpinBudget {
@@ -28,30 +31,41 @@ struct SpinBudget {
  * Spins until `try_acquire()` is true, the owner is off its CPU, or the budget is spent.
  *
  * try_acquire: one attempt; it should only read unless the lock looks free, to leave the line to the holder.
- * owner_state: SchedState of the present owner; a spin that does not want to look returns on_cpu.
+ * owner: who the lock says has it; read with each attempt, from the same line.
+ * state_of: SchedState of that owner; a spin that does not want to look returns on_cpu. Looked at between attempts too:
+ *     it must not touch the lock.
+ * The caller has just failed to take the lock, so the first attempt comes after pace.first.
  */
-template <class TryAcquire, class OwnerState>
-inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, OwnerState&& owner_state, const SpinBudget& budget) {
-    // Each look at the lock or at the owner can cost the holder a cache miss, so looks get rarer up to a pause that
-    // is still short beside a wake-up (32 pauses are 0.5 to 1.5 us).
-    constexpr int kLongestPause = 32;
+template <class TryAcquire, class Owner, class StateOf>
+inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& state_of, const SpinBudget& budget,
+                             const SpinPace& pace) {
     const uint64_t start = CycleClock::now();
-    bool seen_off_cpu = false;
+    uint64_t now = start, interval = pace.first;
+    auto watched = owner();
+    SchedState state = state_of(watched);
 
-    for (int pauses = 1;; pauses = pauses < kLongestPause ? pauses * 2 : kLongestPause) {
+    for (;;) {
+        const bool was_off_cpu = is_off_cpu(state);
+        for (const uint64_t next_look = now + interval; now < next_look; now = CycleClock::now()) {
+            CycleClock::pause();
+            state = state_of(watched);
+            if (is_off_cpu(state)) break;
+        }
         if (try_acquire()) return SpinEnd::acquired;
 
-        const SchedState state = owner_state();
-        const bool off_cpu = state != SchedState::on_cpu && state != SchedState::unknown;
-        // An acquirer stores its slot just after it took the lock, so one look may still show the owner before it,
-        // who sleeps by now. A second look in a row cannot, for any practical purpose.
-        if (off_cpu && seen_off_cpu) return SpinEnd::owner_off_cpu;
-        seen_off_cpu = off_cpu;
+        const auto present = owner();
+        if (present != watched) {
+            watched = present;
+            state = state_of(watched);
+        } else if (was_off_cpu && is_off_cpu(state)) {
+            // An acquirer stores its slot just after it took the lock, so one look may still show the owner before it,
+            // who is gone by now. The same owner in two looks in a row is the owner, for any practical purpose.
+            return SpinEnd::owner_off_cpu;
+        }
+        if (now - start >= (state == SchedState::unknown ? budget.unwatched : budget.watched))
+            return SpinEnd::budget_spent;
 
-        const uint64_t limit = state == SchedState::unknown ? budget.unwatched : budget.watched;
-        if (CycleClock::now() - start >= limit) return SpinEnd::budget_spent;
-
-        for (int i = 0; i < pauses; i++) CycleClock::pause();
+        interval = interval * 2 < pace.longest ? interval * 2 : pace.longest;
     }
 }
 
