@@ -22,10 +22,12 @@ bool Mirror::open_bpf(const char* dir, Error* error) noexcept {
 bool Mirror::open_rseq(void* mem, Error* error, const void* words, size_t words_bytes) noexcept {
     if (source_ != Source::off) return fail(error, "a mirror is open already");
     if (rseq_cpu_word() == nullptr)
-        return fail(error, "no rseq area in this thread: glibc 2.35 or later is needed, with its tunable "
+        return fail(error,
+                    "no rseq area in this thread: glibc 2.35 or later is needed, with its tunable "
                     "glibc.pthread.rseq left on");
     const auto* header = static_cast<const RseqHeader*>(mem);
-    if (reinterpret_cast<uintptr_t>(mem) % 64 != 0) return fail(error, "the rseq table is not 64-byte aligned");
+    if (reinterpret_cast<uintptr_t>(mem) % 64 != 0)
+        return fail(error, "the rseq table is not 64-byte aligned");
     if (__atomic_load_n(&header->magic, __ATOMIC_ACQUIRE) != kRseqMagic || header->version != kRseqVersion ||
         header->slots < 2 || header->slots > SCHED_MIRROR_MAX_SLOTS || header->cpus == 0)
         return fail(error, "this memory holds no rseq table of a known layout: format it first");
@@ -33,7 +35,8 @@ bool Mirror::open_rseq(void* mem, Error* error, const void* words, size_t words_
     rseq_cpus_ = reinterpret_cast<RseqCpu*>(rseq_slots_ + header->slots);
     cpus_ = header->cpus;
     words_begin_ = reinterpret_cast<uintptr_t>(words);
-    words_end_ = words_bytes < sizeof(uint32_t) ? words_begin_ : words_begin_ + words_bytes - (sizeof(uint32_t) - 1);
+    words_end_ =
+        words_bytes < sizeof(uint32_t) ? words_begin_ : words_begin_ + words_bytes - (sizeof(uint32_t) - 1);
     limit_ = header->slots;
     source_ = Source::rseq;
     return true;

@@ -1,18 +1,20 @@
-// The mirror: whether other tasks (processes or threads, of any process) are on a CPU right now, read without a syscall.
+// The mirror: whether other tasks (processes or threads, of any process) are on a CPU right now, read without
+// a syscall.
 //
 //   Mirror      this process's view of the table: open once, then look(slot) from anywhere
 //   MirrorTask  the calling task's own entry: attach, and say note_running() now and then
 //
-// Two sources keep the table true. `bpf`: the kernel writes it at every context switch (the `schedmirror` command loads
-// the program). `rseq`: the tasks write where they run and readers infer the rest (source/rseq_source.h).
-// Every answer is a hint: it may be stale when it arrives, and other users of the table may have written nonsense.
-// Correctness must never depend on one; no contents of the table can crash a reader.
+// Two sources keep the table true. `bpf`: the kernel writes it at every context switch (the `schedmirror`
+// command loads the program). `rseq`: the tasks write where they run and readers infer the rest
+// (source/rseq_source.h). Every answer is a hint: it may be stale when it arrives, and other users of the
+// table may have written nonsense. Correctness must never depend on one; no contents of the table can crash a
+// reader.
 //
-// Thread safety. Mirror: look, info, active, capacity, used from any thread at any time; open and close alone, and close
-// only after the tasks attached to it have detached. MirrorTask: one task's own; only that task may call it.
-// Process safety. Both survive fork; the child says reset_after_fork() on an inherited MirrorTask and attaches anew.
-// Units. Slot numbers 1 .. capacity(); 0 is nobody. Times in nanoseconds of CLOCK_MONOTONIC.
-// Errors. false and one line in Error: what is missing and what to do. Nothing throws.
+// Thread safety. Mirror: look, info, active, capacity, used from any thread at any time; open and close
+// alone, and close only after the tasks attached to it have detached. MirrorTask: one task's own; only that
+// task may call it. Process safety. Both survive fork; the child says reset_after_fork() on an inherited
+// MirrorTask and attaches anew. Units. Slot numbers 1 .. capacity(); 0 is nobody. Times in nanoseconds of
+// CLOCK_MONOTONIC. Errors. false and one line in Error: what is missing and what to do. Nothing throws.
 #pragma once
 
 #include <cstddef>
@@ -64,8 +66,9 @@ class Mirror {
     static void rseq_format(void* mem, uint32_t slots, uint32_t cpus) noexcept {
         rseq_table_format(mem, slots, cpus);
     }
-    // mem: 64-byte aligned, formatted. [words, words + words_bytes): memory that this process may read as long as the
-    // mirror is open, at the same address in every process; blocked words outside of it are never read.
+    // mem: 64-byte aligned, formatted. [words, words + words_bytes): memory that this process may read as
+    // long as the mirror is open, at the same address in every process; blocked words outside of it are never
+    // read.
     bool open_rseq(void* mem, Error* error, const void* words = nullptr, size_t words_bytes = 0) noexcept;
 
     void close() noexcept;
@@ -105,9 +108,10 @@ class MirrorTask {
     // bpf: claims a slot and registers the calling task with the kernel. Attached already: true.
     bool attach(Mirror& mirror, Error* error) noexcept;
 
-    // rseq, slot chosen by the caller, who must not give it to two tasks. blocked_word: not 0 while the task waits for
-    // something; inside the range given to open_rseq; may be null.
-    bool attach_rseq(Mirror& mirror, SlotId slot, const volatile uint32_t* blocked_word, Error* error) noexcept;
+    // rseq, slot chosen by the caller, who must not give it to two tasks. blocked_word: not 0 while the task
+    // waits for something; inside the range given to open_rseq; may be null.
+    bool attach_rseq(Mirror& mirror, SlotId slot, const volatile uint32_t* blocked_word,
+                     Error* error) noexcept;
 
     // rseq, a free slot of the table; slots of tasks that no longer exist are taken over.
     bool attach_rseq_claim(Mirror& mirror, Error* error) noexcept;
@@ -117,8 +121,9 @@ class MirrorTask {
 
     SlotId slot() const noexcept { return slot_; }  // 0 when not attached
 
-    // "I am running", said at every lock acquire. Costs a load or two while nothing changed. False: the mirror behind
-    // this registration has been unloaded, or the slot was taken over; drop the slot, detach, attach again later.
+    // "I am running", said at every lock acquire. Costs a load or two while nothing changed. False: the
+    // mirror behind this registration has been unloaded, or the slot was taken over; drop the slot, detach,
+    // attach again later.
     bool note_running() noexcept;
 
     // Said after every real sleep: the own switch count must have moved. Sixteen in a row without: stale.
@@ -156,9 +161,9 @@ inline SchedState Mirror::look(SlotId slot) const noexcept {
 }
 
 // The kernel's word, mended by the task's own: on CPU, or known to have run since the last recorded switch.
-// The kernel stores the state before the count (schedmirror.bpf.c), so a task that is being switched out may still be
-// called running for the length of two stores, and never the other way round. Acquire: the counts read are at least as
-// new as the state.
+// The kernel stores the state before the count (schedmirror.bpf.c), so a task that is being switched out may
+// still be called running for the length of two stores, and never the other way round. Acquire: the counts
+// read are at least as new as the state.
 inline SchedState Mirror::look_bpf(SlotId slot) const noexcept {
     const sched_slot& s = slots_[slot];
     const uint32_t state = __atomic_load_n(&s.state, __ATOMIC_ACQUIRE);

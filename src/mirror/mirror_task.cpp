@@ -1,10 +1,11 @@
 // A task's registration: claiming a slot, and giving it back.
 //
-// A claim is a compare-and-swap of the claimant's thread id into a free slot. The claim's generation then moves on by
-// one, and the registration carries it: of two tasks that believe the slot theirs (one was taken for dead, or speaks from
-// another pid namespace), the kernel follows the newer, and the older learns so at its next note_running().
-#include <sys/types.h>
+// A claim is a compare-and-swap of the claimant's thread id into a free slot. The claim's generation then
+// moves on by one, and the registration carries it: of two tasks that believe the slot theirs (one was taken
+// for dead, or speaks from another pid namespace), the kernel follows the newer, and the older learns so at
+// its next note_running().
 #include <signal.h>
+#include <sys/types.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -23,11 +24,13 @@ bool swap(uint32_t* word, uint32_t from, uint32_t to) noexcept {
     return __atomic_compare_exchange_n(word, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
-bool exists(uint32_t tid) noexcept { return kill(static_cast<pid_t>(tid), 0) == 0 || errno != ESRCH; }
+bool exists(uint32_t tid) noexcept {
+    return kill(static_cast<pid_t>(tid), 0) == 0 || errno != ESRCH;
+}
 
-// Claims a slot for `tid`: first a free one, then one whose claimant no longer exists (it died between claiming and
-// registering). word(i) is slot i's claim word. Starts at a place of the task's own, so that many starting at once do
-// not fight over the same slots. 0: all taken.
+// Claims a slot for `tid`: first a free one, then one whose claimant no longer exists (it died between
+// claiming and registering). word(i) is slot i's claim word. Starts at a place of the task's own, so that
+// many starting at once do not fight over the same slots. 0: all taken.
 template <typename Word>
 uint32_t claim_slot(uint32_t limit, uint32_t tid, Word word) noexcept {
     const uint32_t slots = limit - 1;
@@ -53,8 +56,11 @@ bool MirrorTask::attach(Mirror& mirror, Error* error) noexcept {
     const auto tid = static_cast<uint32_t>(gettid());
     const uint32_t slot = claim_slot(mirror.limit_, tid, [&](uint32_t i) { return &mirror.claims_[i].tid; });
     if (slot == 0)
-        return fail(error, "all %u slots of the mirror are taken: `schedmirror unload`, then `schedmirror load --slots` "
-                    "with a larger number", mirror.capacity());
+        return fail(
+            error,
+            "all %u slots of the mirror are taken: `schedmirror unload`, then `schedmirror load --slots` "
+            "with a larger number",
+            mirror.capacity());
 
     sched_claim* claim = &mirror.claims_[slot];
     const sched_slot* mine = &mirror.slots_[slot];
@@ -88,8 +94,8 @@ bool MirrorTask::attach(Mirror& mirror, Error* error) noexcept {
     return true;
 }
 
-// The rare half of note_running: the slot has switched since. (A task that was switched out between reading the count
-// and storing it stores an old one, which equals no later count.)
+// The rare half of note_running: the slot has switched since. (A task that was switched out between reading
+// the count and storing it stores an old one, which equals no later count.)
 bool MirrorTask::note_switched(uint64_t switches) noexcept {
     if (__atomic_load_n(&header_->active, __ATOMIC_RELAXED) == 0) return false;
     const uint32_t recorded = __atomic_load_n(&mine_->generation, __ATOMIC_RELAXED);
@@ -157,7 +163,8 @@ void MirrorTask::detach() noexcept {
             swap(&claim_->tid, tid_, 0);
         }
     }
-    if (source_ == Source::rseq && __atomic_load_n(&rseq_mine_->generation, __ATOMIC_RELAXED) == generation_) {
+    if (source_ == Source::rseq &&
+        __atomic_load_n(&rseq_mine_->generation, __ATOMIC_RELAXED) == generation_) {
         __atomic_store_n(&rseq_mine_->blocked_word, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&rseq_mine_->cpu, kNoCpu, __ATOMIC_RELAXED);
         swap(&rseq_mine_->tid, tid_, 0);

@@ -1,5 +1,6 @@
 // This thread's rseq area, as glibc registered it (restartable sequences, Linux 4.18; glibc 2.35).
-// The kernel keeps the area's cpu_id true whenever the thread runs in user space: one load tells the CPU, no syscall.
+// The kernel keeps the area's cpu_id true whenever the thread runs in user space: one load tells the CPU, no
+// syscall.
 //
 // Thread safety: every function speaks of the calling thread only; the pointer lives as long as that thread.
 // Source: rseq(2), glibc manual "Restartable Sequences".
@@ -21,7 +22,8 @@ inline constexpr uint32_t kNoCpu = UINT32_MAX;
 inline const volatile uint32_t* rseq_cpu_word() noexcept {
 #ifdef ADAPTIVE_HAVE_RSEQ
     if (__rseq_size == 0) return nullptr;
-    auto* area = reinterpret_cast<struct rseq*>(static_cast<char*>(__builtin_thread_pointer()) + __rseq_offset);
+    auto* area =
+        reinterpret_cast<struct rseq*>(static_cast<char*>(__builtin_thread_pointer()) + __rseq_offset);
     const volatile uint32_t* word = &area->cpu_id;
     // Negative: this thread's registration failed or has not happened.
     return static_cast<int32_t>(*word) < 0 ? nullptr : word;

@@ -27,16 +27,22 @@ namespace adaptive::loader {
 namespace {
 
 constexpr const char* kBpfFs = "/sys/fs/bpf";
-constexpr const char* kPins[] = {"sched_switch", "process_exit", "slots", "claims", "tasks"};
+constexpr const char* kPins[] = {"sched_switch", "process_exit", "deactivate", "slots", "claims", "tasks"};
 
 bool verbose = false;
 
-int talk(libbpf_print_level, const char* format, va_list args) { return verbose ? vfprintf(stderr, format, args) : 0; }
+int talk(libbpf_print_level, const char* format, va_list args) {
+    return verbose ? vfprintf(stderr, format, args) : 0;
+}
 
 // Ends the command with its one line.
-[[noreturn]] void refuse(const std::string& what) { throw std::runtime_error(what); }
+[[noreturn]] void refuse(const std::string& what) {
+    throw std::runtime_error(what);
+}
 
-std::string reason() { return strerror(errno); }
+std::string reason() {
+    return strerror(errno);
+}
 
 struct Descriptor {
     int fd;
@@ -48,25 +54,6 @@ struct Descriptor {
     Descriptor& operator=(const Descriptor&) = delete;
 };
 
-// A writable view of a whole array map.
-template <typename Element>
-struct Array {
-    Element* elements = nullptr;
-    uint32_t count = 0;
-
-    Array(int fd, uint32_t count) : count(count) {
-        void* memory = mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-        if (memory == MAP_FAILED) refuse("cannot map the mirror: " + reason());
-        elements = static_cast<Element*>(memory);
-    }
-    ~Array() { munmap(elements, bytes()); }
-    Array(const Array&) = delete;
-    Array& operator=(const Array&) = delete;
-    size_t bytes() const { return count * sizeof(Element); }
-};
-
-sched_header* header_of(Array<sched_slot>& slots) { return reinterpret_cast<sched_header*>(slots.elements); }
-
 // ---- what is pinned at a directory ----
 
 enum class Found { nothing, remains, other_version, mirror };
@@ -77,7 +64,9 @@ struct Pinned {
     gid_t group = 0;
 };
 
-std::string path(const std::string& dir, const char* name) { return dir + "/" + name; }
+std::string path(const std::string& dir, const char* name) {
+    return dir + "/" + name;
+}
 
 Pinned inspect(const std::string& dir) {
     Pinned pinned;
@@ -91,7 +80,8 @@ Pinned inspect(const std::string& dir) {
     }
     bpf_map_info info = {};
     uint32_t length = sizeof(info);
-    if (bpf_obj_get_info_by_fd(fd.fd, &info, &length) != 0) refuse("cannot read " + path(dir, "slots") + ": " + reason());
+    if (bpf_obj_get_info_by_fd(fd.fd, &info, &length) != 0)
+        refuse("cannot read " + path(dir, "slots") + ": " + reason());
     // Every version begins with the same header.
     if (info.type != BPF_MAP_TYPE_ARRAY || info.value_size < offsetof(sched_header, pad)) return pinned;
     std::string element(info.value_size, '\0');
@@ -129,7 +119,8 @@ Descriptor lock(const std::string& dir) {
         if (flock(directory.fd, LOCK_EX) != 0) refuse("cannot lock " + dir + ": " + reason());
         // An unload that held the lock may have removed the directory meanwhile.
         struct stat locked, named;
-        if (fstat(directory.fd, &locked) == 0 && stat(dir.c_str(), &named) == 0 && locked.st_ino == named.st_ino)
+        if (fstat(directory.fd, &locked) == 0 && stat(dir.c_str(), &named) == 0 &&
+            locked.st_ino == named.st_ino)
             return directory;
     }
 }
@@ -165,13 +156,15 @@ bool is_bpffs(const std::string& dir) {
 void prepare_file_system(const std::string& dir) {
     const std::string parent = dir.substr(0, dir.rfind('/'));
     if (!is_bpffs(parent)) {
-        if (parent != kBpfFs) refuse(parent + " is not in a BPF file system: mount one there (mount -t bpf bpf DIR)");
+        if (parent != kBpfFs)
+            refuse(parent + " is not in a BPF file system: mount one there (mount -t bpf bpf DIR)");
         if (mount("bpf", kBpfFs, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0711") != 0)
             refuse(std::string("the BPF file system is not mounted, and cannot be (") + reason() +
                    "): run as root `mount -t bpf bpf " + kBpfFs + "`");
         printf("schedmirror: mounted the BPF file system at %s\n", kBpfFs);
     }
-    // systemd mounts it for root alone. What is pinned there has modes of its own; passing through harms nobody.
+    // systemd mounts it for root alone. What is pinned there has modes of its own; passing through harms
+    // nobody.
     struct stat directory;
     if (parent == kBpfFs && stat(kBpfFs, &directory) == 0 && (directory.st_mode & S_IXOTH) == 0) {
         if (chmod(kBpfFs, (directory.st_mode & 07777) | S_IXGRP | S_IXOTH) != 0)
@@ -210,6 +203,16 @@ void attach(bpf_program* program, const std::string& file) {
     if (problem != 0) refuse("cannot pin " + file + ": " + strerror(-problem));
 }
 
+// No slot has been seen running yet.
+void never_seen(int claims_fd, uint32_t slots) {
+    void* memory =
+        mmap(nullptr, slots * sizeof(sched_claim), PROT_READ | PROT_WRITE, MAP_SHARED, claims_fd, 0);
+    if (memory == MAP_FAILED) refuse("cannot map the mirror: " + reason());
+    auto* claims = static_cast<sched_claim*>(memory);
+    for (uint32_t i = 0; i < slots; i++) claims[i].seen_switches = SCHED_NEVER_SEEN;
+    munmap(memory, slots * sizeof(sched_claim));
+}
+
 void load_and_pin(const std::string& dir, uint32_t slots, gid_t group) {
     struct Skeleton {
         schedmirror_bpf* bpf = schedmirror_bpf__open();
@@ -221,15 +224,23 @@ void load_and_pin(const std::string& dir, uint32_t slots, gid_t group) {
     bpf_map__set_max_entries(bpf->maps.claims, slots);
     if (const int problem = schedmirror_bpf__load(bpf); problem != 0) refuse_load(-problem);
 
-    {
-        Array<sched_claim> claims(bpf_map__fd(bpf->maps.claims), slots);
-        for (uint32_t i = 0; i < slots; i++) claims.elements[i].seen_switches = SCHED_NEVER_SEEN;
-        Array<sched_slot> array(bpf_map__fd(bpf->maps.slots), slots);
-        *header_of(array) = {SCHED_MIRROR_MAGIC, SCHED_MIRROR_VERSION, slots, 1, {}};
-    }
-    pin_map(bpf->maps.slots, path(dir, "slots"), group, 0640);
+    never_seen(bpf_map__fd(bpf->maps.claims), slots);
+    sched_slot header = {};
+    const sched_header content = {SCHED_MIRROR_MAGIC, SCHED_MIRROR_VERSION, slots, 1, {}};
+    memcpy(&header, &content, sizeof(header));
+    const uint32_t zero = 0;
+    // Frozen: from here on only the kernel's programs write the array, whoever opens it. The file mode cannot
+    // say that, for the kernel maps (even to read) only what was opened for reading and writing.
+    if (bpf_map_update_elem(bpf_map__fd(bpf->maps.slots), &zero, &header, BPF_ANY) != 0 ||
+        bpf_map_freeze(bpf_map__fd(bpf->maps.slots)) != 0)
+        refuse("cannot prepare the mirror: " + reason());
+
+    pin_map(bpf->maps.slots, path(dir, "slots"), group, 0660);
     pin_map(bpf->maps.claims, path(dir, "claims"), group, 0660);
     pin_map(bpf->maps.tasks, path(dir, "tasks"), group, 0660);
+    const std::string off = path(dir, "deactivate");
+    if (bpf_program__pin(bpf->progs.deactivate, off.c_str()) != 0)
+        refuse("cannot pin " + off + ": " + reason());
     attach(bpf->progs.on_process_exit, path(dir, "process_exit"));
     attach(bpf->progs.on_sched_switch, path(dir, "sched_switch"));
     give(dir, group, 0750);
@@ -238,8 +249,9 @@ void load_and_pin(const std::string& dir, uint32_t slots, gid_t group) {
 // True: what is asked for is there already.
 bool loaded_already(const std::string& dir, const Pinned& pinned, const LoadOptions& options) {
     if (pinned.what == Found::other_version)
-        refuse("layout version " + std::to_string(pinned.version) + " is loaded at " + dir + ", this command has " +
-               std::to_string(SCHED_MIRROR_VERSION) + ": run `schedmirror unload` first");
+        refuse("layout version " + std::to_string(pinned.version) + " is loaded at " + dir +
+               ", this command has " + std::to_string(SCHED_MIRROR_VERSION) +
+               ": run `schedmirror unload` first");
     if (pinned.what != Found::mirror) return false;
     const std::string loaded = "loaded already at " + dir + " with " + std::to_string(pinned.slots - 1) +
                                " slots for group " + group_name(pinned.group);
@@ -252,22 +264,21 @@ bool loaded_already(const std::string& dir, const Pinned& pinned, const LoadOpti
 
 // ---- unload ----
 
-// Tells every task that uses the mirror: its switch count moves, and the header says that nobody counts any more.
-void deactivate(const std::string& dir, uint32_t slots) {
-    Descriptor slots_fd(bpf_obj_get(path(dir, "slots").c_str()));
-    if (slots_fd.fd < 0) refuse("cannot open " + path(dir, "slots") + " (" + reason() + "): run as root");
-    Array<sched_slot> array(slots_fd.fd, slots);
-    __atomic_store_n(&header_of(array)->active, 0, __ATOMIC_SEQ_CST);
-    // Programs that still read 1 run under RCU: after this barrier they have finished, and the array is ours.
-    syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0);
-    for (uint32_t i = 1; i < slots; i++) {
-        __atomic_store_n(&array.elements[i].state, static_cast<uint32_t>(SCHED_UNKNOWN), __ATOMIC_RELAXED);
-        __atomic_fetch_add(&array.elements[i].switches, 1, __ATOMIC_RELEASE);
+// Lets whatever version is pinned switch itself off, see deactivate in schedmirror.bpf.c. Twice: programs
+// that still read "active" run under RCU and may write once more until the barrier has passed.
+void deactivate(const std::string& dir) {
+    Descriptor program(bpf_obj_get(path(dir, "deactivate").c_str()));
+    if (program.fd < 0 && errno == ENOENT) return;
+    LIBBPF_OPTS(bpf_test_run_opts, no_options);
+    for (int i = 0; i < 2; i++) {
+        if (program.fd < 0 || bpf_prog_test_run_opts(program.fd, &no_options) != 0)
+            refuse("cannot run " + path(dir, "deactivate") + " (" + reason() + "): run as root");
+        syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0);
     }
 }
 
-void remove_all(const std::string& dir, const Pinned& pinned) {
-    if (pinned.version == SCHED_MIRROR_VERSION && pinned.what != Found::other_version) deactivate(dir, pinned.slots);
+void remove_all(const std::string& dir) {
+    deactivate(dir);
     unpin(dir);
 }
 
@@ -290,30 +301,39 @@ void describe_program(const std::string& dir, const char* name) {
 
 const char* state_name(SchedState state) {
     switch (state) {
-        case SchedState::on_cpu: return "on CPU";
-        case SchedState::preempted: return "preempted";
-        case SchedState::blocked: return "blocked";
-        case SchedState::dead: return "dead";
-        case SchedState::unknown: break;
+        case SchedState::on_cpu:
+            return "on CPU";
+        case SchedState::preempted:
+            return "preempted";
+        case SchedState::blocked:
+            return "blocked";
+        case SchedState::dead:
+            return "dead";
+        case SchedState::unknown:
+            break;
     }
     return "unknown";
 }
 
 }  // namespace
 
-void set_verbose() { verbose = true; }
+void set_verbose() {
+    verbose = true;
+}
 
 int load(const std::string& dir, const LoadOptions& options) {
     libbpf_set_print(talk);
     const gid_t group = group_id(options.group.value_or(kDefaultGroup));
     if (access("/sys/kernel/btf/vmlinux", R_OK) != 0)
-        refuse("the kernel has no type information (/sys/kernel/btf/vmlinux): one built with CONFIG_DEBUG_INFO_BTF "
-               "is needed");
+        refuse(
+            "the kernel has no type information (/sys/kernel/btf/vmlinux): one built with "
+            "CONFIG_DEBUG_INFO_BTF "
+            "is needed");
     prepare_file_system(dir);
     Descriptor directory = make_and_lock(dir);
     const Pinned pinned = inspect(dir);
     if (loaded_already(dir, pinned, options)) return kDone;
-    remove_all(dir, pinned);  // what an interrupted load or unload left
+    remove_all(dir);  // what an interrupted load or unload left
     const uint32_t slots = options.slots.value_or(kDefaultSlots);
     try {
         load_and_pin(dir, slots + 1, group);
@@ -322,19 +342,19 @@ int load(const std::string& dir, const LoadOptions& options) {
         rmdir(dir.c_str());
         throw;
     }
-    printf("schedmirror: loaded at %s with %u slots for group %s\n", dir.c_str(), slots, group_name(group).c_str());
+    printf("schedmirror: loaded at %s with %u slots for group %s\n", dir.c_str(), slots,
+           group_name(group).c_str());
     return kDone;
 }
 
 int unload(const std::string& dir) {
     libbpf_set_print(talk);
     Descriptor directory = lock(dir);
-    const Pinned pinned = directory.fd >= 0 ? inspect(dir) : Pinned();
-    if (directory.fd < 0) {
+    if (directory.fd < 0 || inspect(dir).what == Found::nothing) {
         printf("schedmirror: not loaded at %s\n", dir.c_str());
         return kDone;
     }
-    remove_all(dir, pinned);
+    remove_all(dir);
     if (rmdir(dir.c_str()) != 0) refuse("cannot remove " + dir + ": " + reason());
     printf("schedmirror: unloaded from %s\n", dir.c_str());
     return kDone;
@@ -348,7 +368,8 @@ int status(const std::string& dir) {
     }
     const Pinned pinned = inspect(dir);
     if (pinned.what == Found::other_version) {
-        printf("layout version %u loaded at %s; this command has %u\n", pinned.version, dir.c_str(), SCHED_MIRROR_VERSION);
+        printf("layout version %u loaded at %s; this command has %u\n", pinned.version, dir.c_str(),
+               SCHED_MIRROR_VERSION);
         return kNotLoaded;
     }
     if (pinned.what != Found::mirror) {
@@ -366,8 +387,8 @@ int status(const std::string& dir) {
     for (uint32_t slot = 1; slot <= mirror.capacity(); slot++) {
         const SlotInfo info = mirror.info(static_cast<SlotId>(slot));
         if (info.state == SchedState::unknown || info.state == SchedState::dead) continue;
-        printf("slot %u: pid %u, %s, cpu %u, %llu switches\n", slot, info.tid, state_name(info.state), info.cpu,
-               static_cast<unsigned long long>(info.switches));
+        printf("slot %u: pid %u, %s, cpu %u, %llu switches\n", slot, info.tid, state_name(info.state),
+               info.cpu, static_cast<unsigned long long>(info.switches));
     }
     mirror.close();
     return kDone;

@@ -1,13 +1,14 @@
-// Loading, unloading and describing the kernel side of the mirror. What is loaded outlives the process: pinned files
-// under one directory of the BPF file system hold it, no daemon does.
+// Loading, unloading and describing the kernel side of the mirror. What is loaded outlives the process:
+// pinned files under one directory of the BPF file system hold it, no daemon does.
 //
-//   DIR/slots   root:GROUP 0640   the mirror, see mirror/sched_slot.h
+//   DIR/slots   root:GROUP 0660   the mirror, see mirror/sched_slot.h; frozen: no process can write it
 //   DIR/claims  root:GROUP 0660   its second, writable array
 //   DIR/tasks   root:GROUP 0660   task storage: who has which slot
 //   DIR/sched_switch, DIR/process_exit   root 0600   the programs' attachments
+//   DIR/deactivate   root 0600   the program that unload runs
 //
-// Each function prints what it did on stdout, or one line on stderr saying what is missing and what to do, and returns
-// the command's exit code. Safe against another load or unload at the same time (a lock on DIR).
+// Each function prints what it did on stdout, or one line on stderr saying what is missing and what to do,
+// and returns the command's exit code. Safe against another load or unload at the same time (a lock on DIR).
 #pragma once
 
 #include <cstdint>

@@ -14,7 +14,8 @@ namespace {
 constexpr const char* kUsage =
     "Usage: schedmirror load [--slots N] [--group NAME] | unload | status\n"
     "\n"
-    "Lets the kernel keep a table of which registered tasks are on a CPU, for processes of one group to read.\n"
+    "Lets the kernel keep a table of which registered tasks are on a CPU, for processes of one group to "
+    "read.\n"
     "  load    loads and pins the kernel side, as root; it stays until unloaded or until the next boot\n"
     "  unload  takes it out; tasks that use it notice and go on without\n"
     "  status  describes it; exit code 0 when loaded, 3 when not\n"
@@ -27,12 +28,11 @@ int usage_error(const std::string& what) {
 
 int run(int argc, char** argv) {
     po::options_description visible("Options");
-    visible.add_options()
-        ("slots", po::value<int64_t>(), "load: how many tasks can register (1 to 65534; default 4096)")
-        ("group", po::value<std::string>(), "load: the group that may use the mirror (default postgres)")
-        ("dir", po::value<std::string>()->default_value(adaptive::kMirrorDir), "where it is pinned")
-        ("verbose", "let libbpf and the kernel's verifier explain themselves")
-        ("help", "print this");
+    visible.add_options()("slots", po::value<int64_t>(),
+                          "load: how many tasks can register (1 to 65534; default 4096)")(
+        "group", po::value<std::string>(), "load: the group that may use the mirror (default postgres)")(
+        "dir", po::value<std::string>()->default_value(adaptive::kMirrorDir), "where it is pinned")(
+        "verbose", "let libbpf and the kernel's verifier explain themselves")("help", "print this");
     po::options_description all;
     all.add(visible).add_options()("command", po::value<std::vector<std::string>>());
     po::positional_options_description positional;

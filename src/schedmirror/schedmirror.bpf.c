@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /* Keeps the mirror true: writes, at every context switch, whether registered tasks are on a CPU.
  *
- * A task registers itself in its own task storage (`tasks`: slot and generation), so that the registration dies with the
- * task and a recycled task id can never be mistaken for it. Everything user space says here is untrusted: a slot number
- * is bounds-checked, slot 0 (the header) is refused, and of several tasks that name one slot the newest generation wins.
+ * A task registers itself in its own task storage (`tasks`: slot and generation), so that the registration
+ * dies with the task and a recycled task id can never be mistaken for it. Everything user space says here is
+ * untrusted: a slot number is bounds-checked, slot 0 (the header) is refused, and of several tasks that name
+ * one slot the newest generation wins.
  */
 #include <linux/bpf.h>
 
@@ -16,10 +17,11 @@
 char LICENSE[] SEC("license") = "Dual BSD/GPL";
 
 /* The fields used of kernel types; relocated to the running kernel's layout when loaded. */
+struct bpf_map;
 struct bpf_local_storage;
 struct task_struct {
     int pid;
-    struct bpf_local_storage *bpf_storage;
+    struct bpf_local_storage* bpf_storage;
 } __attribute__((preserve_access_index));
 
 #define TASK_RUNNING 0
@@ -50,41 +52,42 @@ struct {
 
 static __always_inline bool is_active(void) {
     __u32 zero = 0;
-    const struct sched_header *header = bpf_map_lookup_elem(&slots, &zero);
+    const struct sched_header* header = bpf_map_lookup_elem(&slots, &zero);
     return header && header->active;
 }
 
-static __always_inline struct sched_registration *registration_of(struct task_struct *task) {
+static __always_inline struct sched_registration* registration_of(struct task_struct* task) {
     /* No storage of any kind, as nearly every task: answered without the helper. */
     return task->bpf_storage ? bpf_task_storage_get(&tasks, task, 0, 0) : 0;
 }
 
 /* The slot that a registration still has a right to. */
-static __always_inline struct sched_slot *slot_of(const struct sched_registration *registration) {
+static __always_inline struct sched_slot* slot_of(const struct sched_registration* registration) {
     __u32 number = registration->slot;
-    struct sched_slot *slot = number ? bpf_map_lookup_elem(&slots, &number) : 0;
+    struct sched_slot* slot = number ? bpf_map_lookup_elem(&slots, &number) : 0;
     if (!slot) return 0;
     int newer = registration->generation - slot->generation; /* wraps */
-    if (newer < 0) return 0; /* died, or the slot was taken over */
+    if (newer < 0) return 0;                                 /* died, or the slot was taken over */
     if (newer > 0) slot->generation = registration->generation;
     return slot;
 }
 
-/* State before count: see Mirror::look_bpf. A reader may see these stores apart, and any mixture is only a hint; no
- * barrier is paid for. One task switches on one CPU at a time, under that CPU's run-queue lock, so a slot has one writer. */
-static __always_inline void record(struct task_struct *task, enum sched_state state, __u64 now, __u32 cpu) {
-    struct sched_registration *registration = registration_of(task);
-    struct sched_slot *slot = registration ? slot_of(registration) : 0;
+/* State before count: see Mirror::look_bpf. A reader may see these stores apart, and any mixture is only a
+ * hint; no barrier is paid for. One task switches on one CPU at a time, under that CPU's run-queue lock, so a
+ * slot has one writer. */
+static __always_inline void record(struct task_struct* task, enum sched_state state, __u64 now, __u32 cpu) {
+    struct sched_registration* registration = registration_of(task);
+    struct sched_slot* slot = registration ? slot_of(registration) : 0;
     if (!slot) return;
     slot->cpu = cpu;
     slot->tid = task->pid;
     slot->last_switch_ns = now;
-    *(volatile __u32 *)&slot->state = state;
-    *(volatile __u64 *)&slot->switches = slot->switches + 1;
+    *(volatile __u32*)&slot->state = state;
+    *(volatile __u64*)&slot->switches = slot->switches + 1;
 }
 
 SEC("tp_btf/sched_switch")
-int BPF_PROG(on_sched_switch, bool preempt, struct task_struct *prev, struct task_struct *next,
+int BPF_PROG(on_sched_switch, bool preempt, struct task_struct* prev, struct task_struct* next,
              unsigned int prev_state) {
     if (!prev->bpf_storage && !next->bpf_storage) return 0;
     if (!is_active()) return 0;
@@ -92,7 +95,7 @@ int BPF_PROG(on_sched_switch, bool preempt, struct task_struct *prev, struct tas
     __u64 now = bpf_ktime_get_ns();
     __u32 cpu = bpf_get_smp_processor_id();
     record(prev,
-           prev_state & TASK_DEAD                   ? SCHED_DEAD
+           prev_state & TASK_DEAD                  ? SCHED_DEAD
            : preempt || prev_state == TASK_RUNNING ? SCHED_PREEMPTED
                                                    : SCHED_BLOCKED,
            now, cpu);
@@ -102,20 +105,40 @@ int BPF_PROG(on_sched_switch, bool preempt, struct task_struct *prev, struct tas
 
 /* The slot of a task that dies, however it dies, comes back by itself. */
 SEC("tp_btf/sched_process_exit")
-int BPF_PROG(on_process_exit, struct task_struct *task) {
-    struct sched_registration *registration = registration_of(task);
-    struct sched_slot *slot = registration ? slot_of(registration) : 0;
+int BPF_PROG(on_process_exit, struct task_struct* task) {
+    struct sched_registration* registration = registration_of(task);
+    struct sched_slot* slot = registration ? slot_of(registration) : 0;
     if (!slot || !is_active()) return 0;
     __u32 number = registration->slot;
-    struct sched_claim *claim = bpf_map_lookup_elem(&claims, &number);
+    struct sched_claim* claim = bpf_map_lookup_elem(&claims, &number);
     if (!claim || claim->generation != registration->generation) return 0;
 
     /* From here on the switches of the dying task are out of date, see slot_of. */
     __u32 next = registration->generation + 1;
     slot->generation = next;
-    *(volatile __u32 *)&slot->state = SCHED_DEAD;
-    *(volatile __u64 *)&slot->switches = slot->switches + 1;
+    *(volatile __u32*)&slot->state = SCHED_DEAD;
+    *(volatile __u64*)&slot->switches = slot->switches + 1;
     /* Last, with a full barrier: tid = 0 and the new generation in one (little-endian) store. */
-    __sync_lock_test_and_set((__u64 *)claim, (__u64)next << 32);
+    __sync_lock_test_and_set((__u64*)claim, (__u64)next << 32);
+    return 0;
+}
+
+/* Run by `schedmirror unload`: tells every task that uses the mirror. Its switch count moves, so that it
+ * looks, and the header says that nobody counts any more. Here because user space cannot write `slots`: the
+ * array is frozen. */
+static long deactivate_slot(struct bpf_map* map, __u32* number, void* element, void* unused) {
+    if (*number == 0) {
+        *(volatile __u32*)&((struct sched_header*)element)->active = 0;
+    } else {
+        struct sched_slot* slot = element;
+        *(volatile __u32*)&slot->state = SCHED_UNKNOWN;
+        *(volatile __u64*)&slot->switches = slot->switches + 1;
+    }
+    return 0;
+}
+
+SEC("syscall")
+int deactivate(void* ctx) {
+    bpf_for_each_map_elem(&slots, deactivate_slot, 0, 0);
     return 0;
 }

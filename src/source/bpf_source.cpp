@@ -16,19 +16,24 @@ namespace {
 
 constexpr unsigned kPidfdThread = O_EXCL;  // PIDFD_THREAD, Linux 6.9
 
-// All bytes zero, as the kernel demands of the unused ones: `= {}` would promise that of a union's first member only.
+// All bytes zero, as the kernel demands of the unused ones: `= {}` would promise that of a union's first
+// member only.
 bpf_attr zeroed() noexcept {
     bpf_attr attr;
     memset(&attr, 0, sizeof(attr));
     return attr;
 }
 
-long call(int command, bpf_attr* attr) noexcept { return syscall(SYS_bpf, command, attr, sizeof(*attr)); }
+long call(int command, bpf_attr* attr) noexcept {
+    return syscall(SYS_bpf, command, attr, sizeof(*attr));
+}
 
-uint64_t address(const void* pointer) noexcept { return reinterpret_cast<uintptr_t>(pointer); }
+uint64_t address(const void* pointer) noexcept {
+    return reinterpret_cast<uintptr_t>(pointer);
+}
 
 // A file descriptor (close-on-exec) or -1 with an explanation.
-int open_pinned(const char* dir, const char* name, uint32_t flags, Error* error) noexcept {
+int open_pinned(const char* dir, const char* name, Error* error) noexcept {
     char path[256];
     if (snprintf(path, sizeof(path), "%s/%s", dir, name) >= static_cast<int>(sizeof(path))) {
         fail(error, "the directory name of the mirror is too long");
@@ -36,16 +41,18 @@ int open_pinned(const char* dir, const char* name, uint32_t flags, Error* error)
     }
     bpf_attr attr = zeroed();
     attr.pathname = address(path);
-    attr.file_flags = flags;
     const int fd = static_cast<int>(call(BPF_OBJ_GET, &attr));
     if (fd >= 0) return fd;
     if (errno == ENOENT || errno == ENOTDIR)
         fail(error, "no mirror at %s: run `schedmirror load` as root", dir);
     else if (errno == EACCES)
-        fail(error, "this user may not open %s: join the group of the mirror (`schedmirror load --group`)", path);
+        fail(error, "this user may not open %s: join the group of the mirror (`schedmirror load --group`)",
+             path);
     else if (errno == EPERM || errno == ENOSYS)
-        fail(error, "the kernel refuses BPF_OBJ_GET to this process (%s): Linux 5.19 or later is needed, and no "
-             "seccomp filter against bpf(2)", strerror(errno));
+        fail(error,
+             "the kernel refuses BPF_OBJ_GET to this process (%s): Linux 5.19 or later is needed, and no "
+             "seccomp filter against bpf(2)",
+             strerror(errno));
     else
         fail(error, "cannot open %s: %s", path, strerror(errno));
     return -1;
@@ -88,9 +95,9 @@ int pidfd_of_self() noexcept {
 
 bool open_maps(const char* dir, Maps* maps, Error* error) noexcept {
     Opening o;
-    if ((o.slots_fd = open_pinned(dir, "slots", BPF_F_RDONLY, error)) < 0) return false;
-    if ((o.claims_fd = open_pinned(dir, "claims", 0, error)) < 0) return false;
-    if ((o.maps.tasks_fd = open_pinned(dir, "tasks", 0, error)) < 0) return false;
+    if ((o.slots_fd = open_pinned(dir, "slots", error)) < 0) return false;
+    if ((o.claims_fd = open_pinned(dir, "claims", error)) < 0) return false;
+    if ((o.maps.tasks_fd = open_pinned(dir, "tasks", error)) < 0) return false;
 
     uint32_t slots = 0, claims = 0;
     void* slot_array = map_array(o.slots_fd, sizeof(sched_slot), PROT_READ, &slots);
@@ -99,12 +106,15 @@ bool open_maps(const char* dir, Maps* maps, Error* error) noexcept {
     void* claim_array = map_array(o.claims_fd, sizeof(sched_claim), PROT_READ | PROT_WRITE, &claims);
     o.maps.claim_array = static_cast<sched_claim*>(claim_array);
     if (slot_array == nullptr || claim_array == nullptr || slots != claims)
-        return fail(error, "%s holds no mirror of a known layout: reload it with this version's `schedmirror`", dir);
+        return fail(error,
+                    "%s holds no mirror of a known layout: reload it with this version's `schedmirror`", dir);
 
     const auto* header = static_cast<const sched_header*>(slot_array);
     if (header->magic != SCHED_MIRROR_MAGIC || header->version != SCHED_MIRROR_VERSION)
-        return fail(error, "the mirror at %s has layout version %u, this program knows %u: reload it with this "
-                    "version's `schedmirror`", dir, header->version, SCHED_MIRROR_VERSION);
+        return fail(error,
+                    "the mirror at %s has layout version %u, this program knows %u: reload it with this "
+                    "version's `schedmirror`",
+                    dir, header->version, SCHED_MIRROR_VERSION);
     if (__atomic_load_n(&header->active, __ATOMIC_RELAXED) == 0)
         return fail(error, "the mirror at %s has been unloaded: run `schedmirror load` as root", dir);
 

@@ -1,5 +1,6 @@
-// Source `bpf`: reaching what `schedmirror load` pinned, and registering with the kernel, by raw bpf(2) calls.
-// No libbpf: this runs inside other people's processes. Needs no privilege beyond access to the pinned files.
+// Source `bpf`: reaching what `schedmirror load` pinned, and registering with the kernel, by raw bpf(2)
+// calls. No libbpf: this runs inside other people's processes. Needs no privilege beyond access to the pinned
+// files.
 //
 // Thread safety: every function, from any thread. Errors: one line in Error, see mirror.h.
 #pragma once

@@ -1,15 +1,15 @@
 // Source `rseq`: the mirror inferred without privilege.
 //
-// Every task stores the CPU its rseq area shows, and its slot number in that CPU's "ran here last" entry, whenever one of
-// them changed. A task is then known to be off CPU when
+// Every task stores the CPU its rseq area shows, and its slot number in that CPU's "ran here last" entry,
+// whenever one of them changed. A task is then known to be off CPU when
 //   - it was last seen on the CPU that the reader runs on now,
 //   - another task has since run on its CPU, or
 //   - it says itself that it waits (its blocked word is not 0).
 // Otherwise it is taken to run: a guess that misses owners whose CPU went to a task outside the table.
 //
-// The table lies in memory that the caller shares between its processes, at any address in each of them. Whatever it
-// contains, reading it is safe: indexes are checked, and a blocked word is read only inside the range that this process
-// named when it opened the table.
+// The table lies in memory that the caller shares between its processes, at any address in each of them.
+// Whatever it contains, reading it is safe: indexes are checked, and a blocked word is read only inside the
+// range that this process named when it opened the table.
 #pragma once
 
 #include <cstddef>
