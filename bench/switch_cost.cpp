@@ -1,0 +1,204 @@
+// What the mirror adds to a context switch, in nanoseconds.
+//
+// Two tasks on one CPU hand a byte to and fro through two pipes: every hand-over is one context switch.
+// Rounds with and without the program attached alternate in one run, back to back, so that the host's noise
+// meets both; only differences within a pair count. The rows:
+//   unregistered, 0 registered   neither task registered, nobody else either
+//   unregistered, N registered   neither task registered, N sleeping tasks are
+//   registered,   N registered   both tasks registered, and so are N sleeping ones
+//
+// Loads a mirror of its own in a directory of its own; needs root. "Without" means that its attachments are
+// unpinned.
+#include <fcntl.h>
+#include <sched.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <boost/program_options.hpp>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <ctime>
+#include <filesystem>
+#include <iostream>
+#include <string>
+#include <vector>
+
+#include "mirror/mirror.h"
+
+namespace po = boost::program_options;
+using adaptive::Error;
+using adaptive::Mirror;
+using adaptive::MirrorTask;
+
+namespace {
+
+std::string schedmirror, dir;
+
+[[noreturn]] void give_up(const std::string& what) {
+    std::cerr << "switch_cost: " << what << "\n";
+    exit(1);
+}
+
+void command(const std::string& verb) {
+    if (system((schedmirror + " --dir " + dir + " " + verb + " > /dev/null").c_str()) != 0)
+        give_up("`schedmirror " + verb + "` failed (needs root)");
+}
+
+double seconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
+}
+
+struct Pipe {
+    int ends[2];
+    Pipe() {
+        if (pipe(ends) != 0) give_up("no pipe");
+    }
+    void send() const {
+        if (write(ends[1], "x", 1) != 1) _exit(1);
+    }
+    void receive() const {
+        char byte;
+        if (read(ends[0], &byte, 1) != 1) _exit(1);
+    }
+};
+
+void pin_to(int cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    if (sched_setaffinity(0, sizeof(set), &set) != 0) give_up("cannot pin to a CPU");
+}
+
+// A forked process that registers if asked to, says so, and runs `body`.
+template <typename Body>
+pid_t start(bool registered, Body body) {
+    Pipe ready;
+    const pid_t child = fork();
+    if (child == 0) {
+        Mirror mirror;
+        MirrorTask task;
+        Error error;
+        if (registered && (!mirror.open_bpf(dir.c_str(), &error) || !task.attach(mirror, &error)))
+            give_up(error.text);
+        ready.send();
+        body();
+        _exit(0);
+    }
+    ready.receive();
+    close(ready.ends[0]);
+    close(ready.ends[1]);
+    return child;
+}
+
+constexpr int kBatch =
+    200;  // round trips timed at once: short enough to fall between two preemptions by others
+
+double median(std::vector<double> values) {
+    std::sort(values.begin(), values.end());
+    return values[values.size() / 2];
+}
+
+// Nanoseconds per switch between two fresh processes on `cpu`: the median of the batches.
+double measure(bool registered, int cpu, int batches) {
+    Pipe there, back, result;
+    const pid_t echo = start(registered, [&] {
+        pin_to(cpu);
+        for (int i = 0; i < (batches + 1) * kBatch; i++) {
+            there.receive();
+            back.send();
+        }
+    });
+    const pid_t timer = start(registered, [&] {
+        pin_to(cpu);
+        std::vector<double> times;
+        for (int batch = 0; batch < batches + 1; batch++) {
+            const double begin = seconds();
+            for (int i = 0; i < kBatch; i++) {
+                there.send();
+                back.receive();
+            }
+            times.push_back((seconds() - begin) * 1e9 / (2 * kBatch));
+        }
+        const double ns = median(times);
+        if (write(result.ends[1], &ns, sizeof(ns)) != sizeof(ns)) _exit(1);
+    });
+    double ns = 0;
+    if (read(result.ends[0], &ns, sizeof(ns)) != sizeof(ns)) give_up("a measuring process died");
+    waitpid(echo, nullptr, 0);
+    waitpid(timer, nullptr, 0);
+    for (const Pipe* p : {&there, &back, &result})
+        for (int end : p->ends) close(end);
+    return ns;
+}
+
+struct Case {
+    const char* name;
+    bool registered;
+    int others;  // sleeping registered tasks
+    double target;
+    std::vector<double> without, with, added;
+};
+
+void one_pair(Case& c, int cpu, int batches) {
+    command("load --slots 1000 --group root");
+    std::vector<pid_t> others;
+    for (int i = 0; i < c.others; i++) others.push_back(start(true, [] { pause(); }));
+    const double with = measure(c.registered, cpu, batches);
+    for (pid_t pid : others) kill(pid, SIGKILL);
+    for (pid_t pid : others) waitpid(pid, nullptr, 0);
+    command("unload");
+    usleep(50000);  // the kernel detaches the program a little later
+    const double without = measure(false, cpu, batches);
+    c.with.push_back(with);
+    c.without.push_back(without);
+    c.added.push_back(with - without);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    int rounds = 0, others = 0, cpu = 0, batches = 0;
+    po::options_description options("What the mirror adds to a context switch");
+    options.add_options()("rounds", po::value(&rounds)->default_value(15), "pairs of measurements per row")(
+        "registered", po::value(&others)->default_value(64), "sleeping registered tasks")(
+        "cpu", po::value(&cpu)->default_value(0), "where the two tasks run")(
+        "batches", po::value(&batches)->default_value(150), "batches of 200 round trips per measurement")(
+        "schedmirror", po::value(&schedmirror)->default_value("build/schedmirror"), "the command")(
+        "help", "print this");
+    po::variables_map given;
+    po::store(po::parse_command_line(argc, argv, options), given);
+    po::notify(given);
+    if (given.count("help")) {
+        std::cout << options;
+        return 0;
+    }
+    dir = "/sys/fs/bpf/switch_cost_" + std::to_string(getpid());
+
+    if (std::filesystem::exists(adaptive::kMirrorDir))
+        std::cerr
+            << "switch_cost: a mirror is loaded at " << adaptive::kMirrorDir
+            << ": its program runs in both halves of each pair, so that only a second one is measured\n";
+
+    Case cases[] = {
+        {"unregistered", false, 0, 25, {}, {}, {}},
+        {"unregistered", false, others, 25, {}, {}, {}},
+        {"registered", true, others, 80, {}, {}, {}},
+    };
+    for (int round = 0; round < rounds; round++) {
+        for (Case& c : cases) one_pair(c, cpu, batches);
+        fprintf(stderr, "\rround %d of %d", round + 1, rounds);
+    }
+    fprintf(stderr, "\n");
+    printf("%-13s %10s | %10s %10s | %9s %20s %7s\n", "the two tasks", "registered", "without ns", "with ns",
+           "added ns", "range", "target");
+    for (const Case& c : cases) {
+        const auto [low, high] = std::minmax_element(c.added.begin(), c.added.end());
+        printf("%-13s %10d | %10.1f %10.1f | %9.1f %9.1f ..%8.1f %7.0f\n", c.name, c.others,
+               median(c.without), median(c.with), median(c.added), *low, *high, c.target);
+    }
+    return 0;
+}

@@ -1,0 +1,1 @@
+CREATE EXTENSION lock_generator;

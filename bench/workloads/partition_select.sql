@@ -1,0 +1,2 @@
+\set sensor random(0, 999)
+SELECT sum(value) FROM readings WHERE sensor = :sensor;

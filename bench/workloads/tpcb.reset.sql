@@ -1,0 +1,2 @@
+TRUNCATE history;
+VACUUM branches, tellers;
