@@ -1,0 +1,376 @@
+// The waiting algorithm, transition by transition, and under stress with a mirror that lies.
+
+#include <gtest/gtest.h>
+#include <sys/prctl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <random>
+#include <thread>
+
+#include "process_lock.h"
+
+namespace adaptive::test {
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr auto kBits = ProcessHost::kBits;
+constexpr SlotId kOwnerSlot = 7, kSpinnerSlot = 8;
+
+uint64_t counted(LockEvent e) { return ProcessHost::counts[static_cast<int>(e)]; }
+
+SchedState always_on_cpu(SlotId) { return SchedState::on_cpu; }
+SchedState always_blocked(SlotId) { return SchedState::blocked; }
+
+/// Makes the calling thread a task: a seat, a policy, a mirror, counters at zero.
+void sit_down(Seat& seat, WaitPolicy policy = WaitPolicy::park, SchedState (*hint)(SlotId) = always_on_cpu,
+              SlotId slot = 1) {
+    ProcessHost::seat = &seat;
+    ProcessHost::wait_policy = policy;
+    ProcessHost::hint = hint;
+    ProcessHost::slot = slot;
+    for (uint64_t& n : ProcessHost::counts) n = 0;
+}
+
+class AdaptiveLockTest : public ::testing::Test {
+  protected:
+    void SetUp() override {
+        CycleClock::calibrate();
+        for (Seat& s : seats_) sem_init(&s.semaphore, 0, 0);
+        ProcessHost::spin_microseconds = 100'000;
+        sit_down(seats_[0]);
+    }
+
+    /// A second task that acquires the lock, does `inside`, and releases it.
+    template <class Inside>
+    std::thread acquirer(LockMode mode, WaitPolicy policy, SchedState (*hint)(SlotId), Inside inside) {
+        return std::thread([=, this] {
+            sit_down(seats_[1], policy, hint, 2);
+            ProcessLock::acquire(lock_, mode);
+            inside();
+            ProcessLock::release(lock_, mode);
+        });
+    }
+    std::thread sleeper(LockMode mode = LockMode::exclusive) {
+        return acquirer(mode, WaitPolicy::park, always_on_cpu, [this] { passed_++; });
+    }
+
+    void await_bits(uint32_t bits) {
+        while ((ProcessHost::state(lock_).load() & bits) != bits) std::this_thread::yield();
+    }
+    /// Queued, and past its last attempt for all a scheduler can do: the wait for the semaphore follows at once.
+    void await_sleeper() {
+        await_bits(kBits.has_waiters);
+        std::this_thread::sleep_for(20ms);
+    }
+    /// As a spinner would, without one that could interfere.
+    void pretend_spinner() {
+        ProcessHost::state(lock_).fetch_or(kBits.spinner);
+        lock_.spinner = kSpinnerSlot;
+    }
+    void withdraw_spinner() { ProcessHost::state(lock_).fetch_and(~kBits.spinner); }
+
+    Seat seats_[2];
+    SharedLock lock_;
+    std::atomic<int> passed_{0};
+};
+
+TEST_F(AdaptiveLockTest, TakesAFreeLockAtOnceAndNamesItsOwner) {
+    ProcessHost::slot = kOwnerSlot;
+    EXPECT_TRUE(ProcessLock::acquire(lock_, LockMode::exclusive));
+    EXPECT_EQ(lock_.state, kBits.exclusive | kBits.release_ok);
+    EXPECT_EQ(lock_.owner, kOwnerSlot);
+    ProcessLock::release(lock_, LockMode::exclusive);
+    EXPECT_EQ(lock_.state, kBits.release_ok);
+    EXPECT_EQ(counted(LockEvent::contended), 0u);
+}
+
+TEST_F(AdaptiveLockTest, SharedHoldsAddUpAndExcludeWriters) {
+    EXPECT_TRUE(ProcessLock::acquire_conditionally(lock_, LockMode::shared));
+    EXPECT_TRUE(ProcessLock::acquire_conditionally(lock_, LockMode::shared));
+    EXPECT_FALSE(ProcessLock::acquire_conditionally(lock_, LockMode::exclusive));
+    ProcessLock::release(lock_, LockMode::shared);
+    EXPECT_FALSE(ProcessLock::acquire_conditionally(lock_, LockMode::exclusive));
+    ProcessLock::release(lock_, LockMode::shared);
+    EXPECT_TRUE(ProcessLock::acquire_conditionally(lock_, LockMode::exclusive));
+    EXPECT_FALSE(ProcessLock::acquire_conditionally(lock_, LockMode::shared));
+}
+
+TEST_F(AdaptiveLockTest, SpinsWhileTheOwnerRunsAndTakesTheLockWithoutSleeping) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    uint64_t slept = 99, got = 0;
+    auto other = acquirer(LockMode::exclusive, WaitPolicy::owner, always_on_cpu, [&] {
+        slept = counted(LockEvent::slept);
+        got = counted(LockEvent::spin_acquired);
+    });
+    await_bits(kBits.spinner);
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+    EXPECT_EQ(slept, 0u);
+    EXPECT_EQ(got, 1u);
+    EXPECT_EQ(lock_.state, kBits.release_ok) << "the spinner bit is given back";
+}
+
+TEST_F(AdaptiveLockTest, SleepsWhenTheOwnerIsOffItsCpu) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    uint64_t left = 0, slept = 0;
+    auto other = acquirer(LockMode::exclusive, WaitPolicy::owner, always_blocked, [&] {
+        left = counted(LockEvent::owner_off_cpu);
+        slept = counted(LockEvent::slept);
+    });
+    await_sleeper();
+    EXPECT_FALSE(ProcessHost::state(lock_).load() & kBits.spinner);
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+    EXPECT_EQ(left, 1u);
+    EXPECT_EQ(slept, 1u);
+}
+
+TEST_F(AdaptiveLockTest, SleepsWhenTheBudgetIsSpentAndBlindNeverLooks) {
+    ProcessHost::spin_microseconds = 50;
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    static std::atomic<int> looks;
+    looks = 0;
+    uint64_t spent = 0;
+    auto other = acquirer(
+        LockMode::exclusive, WaitPolicy::blind,
+        [](SlotId) {
+            looks++;
+            return SchedState::blocked;
+        },
+        [&] { spent = counted(LockEvent::budget_spent); });
+    await_sleeper();
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+    EXPECT_EQ(spent, 1u);
+    EXPECT_EQ(looks, 0);
+}
+
+TEST_F(AdaptiveLockTest, AnUnknownOwnerIsSpunForBriefly) {
+    ProcessHost::spin_microseconds = 1'000'000;  // a fifth of it while nothing is known
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    uint64_t ticks = 0;
+    auto other = acquirer(LockMode::exclusive, WaitPolicy::owner, [](SlotId) { return SchedState::unknown; },
+                          [&] { ticks = counted(LockEvent::spin_ticks); });
+    await_sleeper();
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+    EXPECT_LT(ticks, 600'000 * CycleClock::ticks_per_microsecond());
+}
+
+TEST_F(AdaptiveLockTest, SparesTheWakeUpForASpinnerAndOwesItAfterwards) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    auto other = sleeper();
+    await_sleeper();
+    pretend_spinner();
+    ProcessLock::release(lock_, LockMode::exclusive);
+    std::this_thread::sleep_for(20ms);
+    EXPECT_EQ(passed_, 0) << "woken although a spinner was there";
+    EXPECT_EQ(counted(LockEvent::wakeup_spared), 1u);
+
+    // What a spinner does that leaves: clears the bit, and its last attempt makes it a holder whose release wakes.
+    withdraw_spinner();
+    EXPECT_TRUE(ProcessLock::acquire(lock_, LockMode::exclusive));
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+    EXPECT_EQ(counted(LockEvent::wakeup_sent), 1u);
+}
+
+TEST_F(AdaptiveLockTest, WakesWhenTheSpinnerIsOffItsCpu) {
+    ProcessHost::hint = [](SlotId slot) {
+        return slot == kSpinnerSlot ? SchedState::preempted : SchedState::on_cpu;
+    };
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    auto other = sleeper();
+    await_sleeper();
+    pretend_spinner();
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+    EXPECT_EQ(passed_, 1);
+}
+
+TEST_F(AdaptiveLockTest, SpinnersCannotKeepASleeperAsleepForLong) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    auto other = sleeper();
+    await_sleeper();
+    pretend_spinner();  // and it stays: as a stream of spinners would look
+    const auto start = std::chrono::steady_clock::now();
+    ProcessLock::release(lock_, LockMode::exclusive);
+    while (passed_ == 0 && std::chrono::steady_clock::now() - start < 5s) {
+        ProcessLock::acquire(lock_, LockMode::exclusive);
+        ProcessLock::release(lock_, LockMode::exclusive);
+    }
+    EXPECT_EQ(passed_, 1) << "starved";
+    withdraw_spinner();
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+}
+
+TEST_F(AdaptiveLockTest, WhoWaitsForFreedomIsWokenAtEveryRelease) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    std::atomic<int> result{-1};
+    std::thread other([&] {
+        sit_down(seats_[1]);
+        result = ProcessLock::acquire_or_wait(lock_, LockMode::exclusive);
+    });
+    await_sleeper();
+    EXPECT_TRUE(ProcessHost::state(lock_).load() & kBits.until_free);
+    pretend_spinner();
+    ProcessHost::state(lock_).fetch_and(~kBits.release_ok);  // and a woken locker is on its way
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+    EXPECT_EQ(result, 0);
+    EXPECT_FALSE(lock_.state & (kBits.has_waiters | kBits.until_free | kBits.held_mask));
+}
+
+TEST_F(AdaptiveLockTest, WaitUntilSeesTheReleaseAndTheUpdate) {
+    std::atomic<uint64_t> value{1};
+    for (const bool by_release : {true, false}) {
+        value = 1;
+        ProcessLock::acquire(lock_, LockMode::exclusive);
+        std::atomic<int> freed{-1};
+        std::thread other([&] {
+            sit_down(seats_[1]);
+            freed = ProcessLock::wait_until(lock_, [&] { return value.load() != 1; });
+        });
+        await_sleeper();
+        if (!by_release) ProcessLock::update(lock_, [&] { value = 2; });
+        if (by_release) ProcessLock::release(lock_, LockMode::exclusive);
+        other.join();
+        EXPECT_EQ(freed, by_release);
+        if (!by_release) ProcessLock::release(lock_, LockMode::exclusive);
+    }
+}
+
+TEST_F(AdaptiveLockTest, ARunOfReadersIsWokenTogether) {
+    Seat third;
+    sem_init(&third.semaphore, 0, 0);
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    std::atomic<int> inside{0};
+    auto reader = [&](Seat& seat) {
+        sit_down(seat);
+        ProcessLock::acquire(lock_, LockMode::shared);
+        inside++;
+        while (inside < 2) std::this_thread::yield();  // hangs if only one was let in
+        ProcessLock::release(lock_, LockMode::shared);
+    };
+    std::thread a(reader, std::ref(seats_[1])), b(reader, std::ref(third));
+    await_sleeper();
+    ProcessLock::release(lock_, LockMode::exclusive);
+    a.join();
+    b.join();
+    EXPECT_EQ(lock_.state & kBits.held_mask, 0u);
+}
+
+TEST_F(AdaptiveLockTest, ForeignSemaphorePostsAreGivenBack) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    for (int i = 0; i < 3; i++) sem_post(&seats_[1].semaphore);
+    auto other = sleeper();
+    await_sleeper();
+    EXPECT_EQ(passed_, 0) << "a spurious wake-up let it in";
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+    int value = 0;
+    sem_getvalue(&seats_[1].semaphore, &value);
+    EXPECT_EQ(value, 3);
+}
+
+TEST(PaceTest, LearnsWhoComesStraightBack) {
+    CycleClock::calibrate();
+    PaceLearner learner;
+    int close, far;
+    auto turn = [&](const void* lock, uint64_t outside_us) {
+        learner.acquired_contended(lock);
+        learner.released(lock);
+        const uint64_t from = CycleClock::now();
+        while (CycleClock::now() - from < outside_us * CycleClock::ticks_per_microsecond()) CycleClock::pause();
+        learner.acquiring(lock);
+    };
+    EXPECT_EQ(learner.pace(&close).first, SpinPace::quick().first) << "the default must be the safe one";
+    for (int i = 0; i < 50; i++) turn(&close, 0), turn(&far, 5);
+    EXPECT_EQ(learner.pace(&close).first, SpinPace::patient().first);
+    EXPECT_EQ(learner.pace(&far).first, SpinPace::quick().first);
+    for (int i = 0; i < 50; i++) turn(&close, 5);
+    EXPECT_EQ(learner.pace(&close).first, SpinPace::quick().first) << "and unlearns";
+}
+
+// ---- stress -------------------------------------------------------------------------------------------------
+
+struct Arena {
+    SharedLock lock;
+    Seat seats[8];
+    volatile uint64_t first = 0, second = 0;  // equal whenever nobody writes
+    std::atomic<uint64_t> written{0};
+    std::atomic<int> violations{0};
+};
+
+SchedState lying_mirror(SlotId) {
+    static thread_local std::minstd_rand random(static_cast<unsigned>(getpid()));
+    return static_cast<SchedState>(random() % 5);
+}
+
+/// Many processes with changing modes on one lock, against a deadline: a lost wake-up is a process that never ends.
+void stress(SchedState (*hint)(SlotId), int processes, int turns) {
+    Arena* arena = make_shared_memory<Arena>();
+    ASSERT_NE(arena, nullptr);
+    for (Seat& s : arena->seats) sem_init(&s.semaphore, 1, 0);
+    ProcessHost::spin_microseconds = 20;
+    CycleClock::calibrate();
+
+    pid_t pids[8];
+    for (int p = 0; p < processes; p++) {
+        pids[p] = fork();
+        if (pids[p] != 0) continue;
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        alarm(60);  // ends this process by SIGALRM, which the parent sees
+        std::minstd_rand random(static_cast<unsigned>(p + 1));
+        sit_down(arena->seats[p], WaitPolicy::owner, hint, static_cast<SlotId>(p + 1));
+        for (int i = 0; i < turns; i++) {
+            ProcessHost::wait_policy = static_cast<WaitPolicy>(random() % 3);
+            const unsigned what = random() % 16;
+            if (what == 0) {
+                if (!ProcessLock::acquire_or_wait(arena->lock, LockMode::exclusive)) continue;
+            } else if (what == 1) {
+                ProcessLock::wait_until(arena->lock, [&] { return true; });
+                continue;
+            }
+            const LockMode mode = what < 8 ? LockMode::exclusive : LockMode::shared;
+            if (what != 0) ProcessLock::acquire(arena->lock, mode);
+            if (arena->first != arena->second) arena->violations++;
+            if (mode == LockMode::exclusive) {
+                arena->first = arena->first + 1;
+                for (unsigned n = random() % 64; n > 0; n--) CycleClock::pause();
+                arena->second = arena->second + 1;
+                arena->written++;
+            }
+            ProcessLock::release(arena->lock, mode);
+            if (what == 15) sched_yield();
+        }
+        _exit(0);
+    }
+    for (int p = 0; p < processes; p++) {
+        int status = 0;
+        waitpid(pids[p], &status, 0);
+        EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0)
+            << "process " << p << " status " << status << ", state " << std::hex << arena->lock.state;
+    }
+    EXPECT_EQ(arena->violations, 0);
+    EXPECT_EQ(arena->first, arena->written);
+    EXPECT_EQ(arena->lock.state, kBits.release_ok) << "held, queued or spinner bits left behind";
+    for (int p = 0; p < processes; p++) {
+        int value = -1;
+        sem_getvalue(&arena->seats[p].semaphore, &value);
+        EXPECT_EQ(value, 0) << "semaphore of process " << p << " out of balance";
+    }
+    munmap(arena, sizeof(Arena));
+}
+
+TEST(AdaptiveLockStress, EveryOwnerSeemsToRun) { stress(always_on_cpu, 6, 200'000); }
+TEST(AdaptiveLockStress, EveryOwnerSeemsAsleep) { stress(always_blocked, 6, 100'000); }
+TEST(AdaptiveLockStress, TheMirrorLies) { stress(lying_mirror, 8, 200'000); }
+
+}  // namespace
+}  // namespace adaptive::test
