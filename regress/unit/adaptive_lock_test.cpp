@@ -160,6 +160,22 @@ TEST_F(AdaptiveLockTest, AnUnknownOwnerIsSpunForBriefly) {
     EXPECT_LT(ticks, 600'000 * CycleClock::ticks_per_microsecond());
 }
 
+TEST_F(AdaptiveLockTest, ALockFreedJustBeforeQueueingIsNotSleptFor) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    static SharedLock* lock;
+    lock = &lock_;
+    alarm(30);  // the wake-up that is lost without the last attempt never comes
+    std::thread other([&] {
+        sit_down(seats_[1]);
+        ProcessHost::before_queueing = [] { ProcessLock::release(*lock, LockMode::exclusive); };
+        ProcessLock::acquire(lock_, LockMode::exclusive);
+        EXPECT_EQ(counted(LockEvent::slept), 0u);
+    });
+    other.join();
+    alarm(0);
+    EXPECT_EQ(lock_.state, kBits.exclusive | kBits.release_ok) << "still queued";
+}
+
 TEST_F(AdaptiveLockTest, SparesTheWakeUpForASpinnerAndOwesItAfterwards) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     auto other = sleeper();

@@ -14,6 +14,7 @@
 #include <boost/intrusive/list.hpp>
 #include <cstdint>
 #include <new>
+#include <utility>
 
 #include "lock/adaptive_lock.h"
 
@@ -74,7 +75,12 @@ struct ProcessHost {
         return it == list.end() ? nullptr : &*it;
     }
 
-    static Waiter self() { return seat; }
+    /// A test's chance to let something happen between the first attempt and queueing. Runs once.
+    static inline thread_local void (*before_queueing)() = nullptr;
+    static Waiter self() {
+        if (auto* hook = std::exchange(before_queueing, nullptr)) hook();
+        return seat;
+    }
     static std::atomic_ref<uint8_t> wait_state(Waiter w) { return std::atomic_ref<uint8_t>(w->wait_state); }
     static LockMode wait_mode(Waiter w) { return w->wait_mode; }
     static void set_wait_mode(Waiter w, LockMode m) { w->wait_mode = m; }
