@@ -119,16 +119,15 @@ class ModuleCluster(Cluster):
         return json.loads(self.sql("SELECT row_to_json(s) FROM adaptive_lwlock_status() s"))
 
     def set_mode(self, mode: str) -> None:
-        self.sql(f"ALTER SYSTEM SET adaptive_lwlock.mode = {mode}", "SELECT pg_reload_conf()")
+        """Also sets the module's counters to zero."""
+        self.sql(f"ALTER SYSTEM SET adaptive_lwlock.mode = {mode}", "SELECT pg_reload_conf()",
+                 "SELECT pg_stat_adaptive_lwlock_reset()")
         deadline = time.monotonic() + 10
         # The postmaster reads the file when its signal arrives; sessions made afterwards have the new mode.
         while self.sql("SHOW adaptive_lwlock.mode") != mode:
             if time.monotonic() > deadline:
                 raise BenchError(f"the module server did not change its mode to {mode}")
             time.sleep(0.01)
-
-    def reset_statistics(self) -> None:
-        self.sql("SELECT pg_stat_adaptive_lwlock_reset()")
 
     def statistics(self) -> dict:
         return json.loads(self.sql(

@@ -57,7 +57,7 @@ def text_table(results: Results) -> str:
 
 
 def summary_line(machine: dict) -> str:
-    line = f"{machine['server_version']} on {machine['cpus']} CPUs ({machine['cpu_model']}), {machine['rounds']} rounds of {machine['seconds']} s"
+    line = f"{machine['server_version']} on {machine['cpus']} CPUs ({machine['cpu_model']}), {_count(machine['rounds'], 'round')} of {machine['seconds']:g} s"
     if machine.get("sched_state_source"):
         line += f"; sched_state source: {machine['sched_state_source']}"
         if machine.get("sched_state_reason"):
@@ -67,6 +67,10 @@ def summary_line(machine: dict) -> str:
     if machine.get("note"):
         line += "; " + machine["note"]
     return line
+
+
+def _count(n: int, thing: str) -> str:
+    return f"{n} {thing}" + ("" if n == 1 else "s")
 
 
 def _median(results: Results, workload: str, clients: int, mode: str, figure: str, form: str = "{:.0f}") -> str:

@@ -53,7 +53,7 @@ class Results:
         if tps is None:
             return None
         entry = {"workload": workload, "clients": clients, "mode": mode, "vs": REFERENCE, "median": statistics.median(tps),
-                 "min": min(tps), "max": max(tps), "loses": statistics.median(tps) < 1}
+                 "min": min(tps), "max": max(tps), "loses": round(statistics.median(tps), 2) < 1}
         for name, figure in (("cpu", "cpu_seconds_per_1000_tx"), ("latency_p99", "latency_p99_ms"),
                              ("sleeps", "sleeps_per_1000_tx")):
             values = self._ratios(key, figure)
