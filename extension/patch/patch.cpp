@@ -108,7 +108,7 @@ int count_threads() {
 
 Result check_single_threaded() {
     const int threads = count_threads();
-    if (threads < 0)
+    if (threads < 1)
         return refusal("cannot count the threads of this process: /proc/self/task: %s", std::strerror(errno));
     if (threads > 1) return refusal("this process already has %d threads", threads);
     return success(0);
@@ -141,11 +141,11 @@ Result examine(const ProgramText& text, const Replacement& wanted, Patch* patch)
                  RTLD_DL_SYMENT) ||
         symbol == nullptr || info.dli_saddr != wanted.original)
         return refusal("function %s has no symbol, so its length is not known", name);
+    if (!text.contains(wanted.original, symbol->st_size))
+        return refusal("function %s is not in the same code as the others", name);
     if (std::strcmp(info.dli_sname, name) != 0)
         return refusal("function %s shares its code with %s", name, info.dli_sname);
     if (ELF64_ST_TYPE(symbol->st_info) != STT_FUNC) return refusal("symbol %s is not a function", name);
-    if (!text.contains(wanted.original, symbol->st_size))
-        return refusal("function %s is not in the same code as the others", name);
 
     uint8_t file[kMostEntryBytes + kMostJumpBytes] = {};
     const size_t known = symbol->st_size < sizeof file ? symbol->st_size : sizeof file;

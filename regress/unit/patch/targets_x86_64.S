@@ -10,6 +10,7 @@
 \name:  \first
         \undo
         jmp body
+        .skip 5, 0x90           // room for the jump even where this one is short
         .size \name, . - \name
         .endm
 
@@ -39,11 +40,21 @@
         .type two_pages, @function
 two_pages:
         endbr64
-        nop
         jmp body
+        .skip 5, 0x90
         .size two_pages, . - two_pages
 
-        // What must be refused.
+        .balign 16
+        .globl just_long_enough
+        .type just_long_enough, @function
+just_long_enough:
+        push %rbp
+        pop %rbp
+        jmp body                // 2 bytes
+        .skip 2, 0x90
+        .size just_long_enough, . - just_long_enough
+
+        // What must be refused. The first is one byte too short.
         .globl too_short, unknown_instruction, spoils_argument, alias_one, alias_two
         .type too_short, @function
 too_short:
@@ -62,10 +73,11 @@ alias_two:
         push %rbp
         pop %rbp
         jmp body
+        .skip 5, 0x90
         .size alias_one, . - alias_one
         .size alias_two, . - alias_two
 
-        // On the page of the first targets' siblings: runs only while its page is executable.
+        // A signal handler on a page that is changed, when two_pages is.
         .globl count_signal
         .type count_signal, @function
 count_signal:
