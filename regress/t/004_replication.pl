@@ -18,7 +18,7 @@ $standby->start;
 my $subscriber = new_server('subscriber', init => { allows_streaming => 'logical' });
 $subscriber->safe_psql('postgres', 'CREATE TABLE t (id bigint PRIMARY KEY, v int)');
 $primary->safe_psql('postgres', 'CREATE PUBLICATION p FOR TABLE t');
-$subscriber->safe_psql('postgres', "CREATE SUBSCRIPTION s CONNECTION '" . $primary->connstr('postgres') . "' PUBLICATION p");
+$subscriber->safe_psql('postgres', "CREATE SUBSCRIPTION s CONNECTION '" . $primary->connstr . " dbname=postgres' PUBLICATION p");
 $subscriber->wait_for_subscription_sync($primary, 's');
 
 my $load = start_load($primary, clients => 8, seconds => 6, sql => <<'SQL');

@@ -13,7 +13,7 @@ is(status($node, 'source'), 'bpf', 'the server uses the mirror');
 
 my $clients = 8;
 my $registered = <<'SQL';
-SELECT count(slot) FROM pg_stat_activity JOIN adaptive_lwlock_backends USING (pid) WHERE application_name = 'pgbench'
+SELECT count(slot) FROM pg_stat_activity JOIN adaptive_lwlock_backends USING (pid) WHERE query LIKE 'SELECT lock_generator_run%'
 SQL
 my $load = start_load($node, clients => $clients, seconds => 20, sql => 'SELECT lock_generator_run(200, 200, 2, 20)');
 for my $round (1 .. 3)
