@@ -1,0 +1,542 @@
+// The mirror kept by the kernel: layout, slot life cycle, truth of the answers, hostile contents.
+#include "mirror/mirror.h"
+
+#include <fcntl.h>
+#include <grp.h>
+#include <gtest/gtest.h>
+#include <pwd.h>
+#include <sys/prctl.h>
+
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "private_mirror.h"
+#include "processes.h"
+#include "source/bpf_source.h"
+
+using namespace adaptive;
+using test::Child;
+using test::eventually;
+using test::Shared;
+
+static_assert(offsetof(sched_slot, state) == 0 && offsetof(sched_slot, cpu) == 4);
+static_assert(offsetof(sched_slot, tid) == 8 && offsetof(sched_slot, generation) == 12);
+static_assert(offsetof(sched_slot, last_switch_ns) == 16 && offsetof(sched_slot, switches) == 24);
+static_assert(offsetof(sched_claim, tid) == 0 && offsetof(sched_claim, generation) == 4);
+static_assert(offsetof(sched_claim, seen_switches) == 8);
+static_assert(offsetof(sched_header, version) == 4 && offsetof(sched_header, active) == 12);
+static_assert(std::is_trivially_destructible_v<Mirror> && std::is_trivially_destructible_v<MirrorTask>);
+
+namespace {
+
+// What a child tells about itself.
+struct Report {
+    std::atomic<uint32_t> slot{0}, failed{0}, noted{0}, stale{0}, go{0};
+    std::atomic<uint64_t> looks{0}, wrong{0};
+    char text[256] = "";
+};
+
+class MirrorTest : public test::PrivateMirror {
+  protected:
+    // In a child: opens, attaches, reports. False: failed.
+    bool join(Mirror& mirror, MirrorTask& task, Report& report) const {
+        Error error;
+        if (!mirror.open_bpf(dir.c_str(), &error) || !task.attach(mirror, &error)) {
+            strcpy(report.text, error.text);
+            report.failed = 1;
+            return false;
+        }
+        report.slot = task.slot();
+        return true;
+    }
+    bool joined(const Report& report) const {
+        return eventually([&] { return report.slot != 0 || report.failed != 0; }) && report.failed == 0;
+    }
+    void open(Mirror& mirror) const {
+        Error error;
+        ASSERT_TRUE(mirror.open_bpf(dir.c_str(), &error)) << error.text;
+    }
+    bpf::Maps maps() const {
+        bpf::Maps maps;
+        Error error;
+        EXPECT_TRUE(bpf::open_maps(dir.c_str(), &maps, &error)) << error.text;
+        return maps;
+    }
+    // Takes the switch program away and leaves the mirror as it is: from now on every switch is missed.
+    void stop_recording() {
+        ASSERT_EQ(unlink((dir + "/sched_switch").c_str()), 0);
+        usleep(100000);
+    }
+};
+
+void spin(MirrorTask& task) {
+    for (;;) task.note_running();
+}
+
+TEST(ClosedMirror, KnowsNothing) {
+    Mirror mirror;
+    EXPECT_EQ(mirror.source(), Source::off);
+    EXPECT_FALSE(mirror.active());
+    EXPECT_EQ(mirror.capacity(), 0u);
+    EXPECT_EQ(mirror.used(), 0u);
+    for (int slot : {0, 1, 65535}) EXPECT_EQ(mirror.look(static_cast<SlotId>(slot)), SchedState::unknown);
+    MirrorTask task;
+    EXPECT_TRUE(task.note_running());
+    task.detach();
+    Error error;
+    EXPECT_FALSE(task.attach(mirror, &error));
+    EXPECT_FALSE(mirror.open_bpf("/sys/fs/bpf/no_such_mirror", &error));
+    EXPECT_NE(strstr(error.text, "schedmirror load"), nullptr) << error.text;
+}
+
+TEST_F(MirrorTest, SlotLifeCycle) {
+    Mirror mirror;
+    open(mirror);
+    EXPECT_EQ(mirror.source(), Source::bpf);
+    EXPECT_EQ(mirror.capacity(), 100u);
+    EXPECT_EQ(mirror.used(), 0u);
+    MirrorTask task;
+    Error error;
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    const SlotId slot = task.slot();
+    ASSERT_TRUE(task.attach(mirror, &error));
+    EXPECT_EQ(task.slot(), slot) << "attaching twice keeps the slot";
+    EXPECT_EQ(mirror.used(), 1u);
+    EXPECT_EQ(mirror.look(slot), SchedState::on_cpu) << "before the first switch";
+    usleep(1000);
+    task.note_running();
+    const SlotInfo info = mirror.info(slot);
+    EXPECT_EQ(info.state, SchedState::on_cpu);
+    EXPECT_EQ(info.tid, static_cast<uint32_t>(gettid()));
+    EXPECT_GE(info.switches, 1u);
+    EXPECT_GT(info.last_switch_ns, 0u);
+    EXPECT_LT(info.cpu, 4096u);
+    task.detach();
+    EXPECT_EQ(task.slot(), 0);
+    EXPECT_EQ(mirror.used(), 0u);
+    EXPECT_EQ(mirror.info(slot).state, SchedState::unknown);
+    const uint64_t switches = mirror.info(slot).switches;
+    usleep(1000);
+    EXPECT_EQ(mirror.info(slot).switches, switches) << "no longer counted";
+
+    // The same slot again: another generation.
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    usleep(1000);
+    EXPECT_EQ(task.slot(), slot) << "the search starts at the task's own place";
+    EXPECT_EQ(mirror.info(slot).generation, info.generation + 1);
+    task.detach();
+    mirror.close();
+}
+
+TEST_F(MirrorTest, UnusedAndOutOfRangeSlotsAreUnknown) {
+    Mirror mirror;
+    open(mirror);
+    for (uint32_t slot = 0; slot <= 65535; slot++)
+        ASSERT_EQ(mirror.look(static_cast<SlotId>(slot)), SchedState::unknown) << slot;
+    mirror.close();
+}
+
+TEST_F(MirrorTest, BlockedTaskIsSeenBlocked) {
+    Shared<Report> report;
+    Child child([&] {
+        Mirror mirror;
+        MirrorTask task;
+        if (join(mirror, task, *report)) pause();
+    });
+    ASSERT_TRUE(joined(*report)) << report->text;
+    Mirror mirror;
+    open(mirror);
+    const auto slot = static_cast<SlotId>(report->slot);
+    EXPECT_TRUE(eventually([&] { return mirror.look(slot) == SchedState::blocked; }));
+    mirror.close();
+}
+
+// Reader and spinning owner share one CPU: whenever the reader looks, the owner is certainly preempted.
+TEST_F(MirrorTest, PreemptedTaskIsSeenPreempted) {
+    test::RestoreAffinity restore;
+    test::pin_to(0);
+    Shared<Report> report;
+    Child child([&] {
+        Mirror mirror;
+        MirrorTask task;
+        if (join(mirror, task, *report)) spin(task);
+    });
+    ASSERT_TRUE(joined(*report)) << report->text;
+    Mirror mirror;
+    open(mirror);
+    const auto slot = static_cast<SlotId>(report->slot);
+    uint64_t looks = 0, preempted = 0;
+    usleep(50000);
+    for (const double end = test::seconds() + 1; test::seconds() < end; looks++)
+        preempted += mirror.look(slot) == SchedState::preempted;
+    EXPECT_GT(static_cast<double>(preempted) / static_cast<double>(looks), 0.999) << looks << " looks";
+    mirror.close();
+}
+
+// Three spinning owners on one CPU, the reader on another: at most one of them runs at a time, and each has its turn.
+TEST_F(MirrorTest, MoreRunnableTasksThanCpus) {
+    if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "needs two CPUs";
+    test::RestoreAffinity restore;
+    test::pin_to(1);
+    std::vector<std::unique_ptr<Shared<Report>>> reports;
+    std::vector<std::unique_ptr<Child>> children;
+    for (int i = 0; i < 3; i++) {
+        reports.push_back(std::make_unique<Shared<Report>>());
+        Report& report = **reports.back();
+        children.push_back(std::make_unique<Child>([&] {
+            Mirror mirror;
+            MirrorTask task;
+            if (join(mirror, task, report)) spin(task);
+        }));
+    }
+    for (auto& report : reports) ASSERT_TRUE(joined(**report)) << (*report)->text;
+    test::pin_to(0);
+    Mirror mirror;
+    open(mirror);
+    uint64_t looks = 0, crowded = 0, on_cpu[3] = {}, preempted[3] = {};
+    for (const double end = test::seconds() + 1; test::seconds() < end; looks++) {
+        int running = 0;
+        for (int i = 0; i < 3; i++) {
+            const SchedState state = mirror.look(static_cast<SlotId>((*reports[i])->slot));
+            running += state == SchedState::on_cpu;
+            on_cpu[i] += state == SchedState::on_cpu;
+            preempted[i] += state == SchedState::preempted;
+        }
+        crowded += running > 1;
+    }
+    EXPECT_LT(static_cast<double>(crowded) / static_cast<double>(looks), 0.01) << looks << " looks";
+    for (int i = 0; i < 3; i++) {
+        EXPECT_GT(on_cpu[i], 0u);
+        EXPECT_GT(preempted[i], 0u);
+    }
+    mirror.close();
+}
+
+// The acceptance: a running task that looks at its own slot sees itself on CPU in at least 99.9 % of the looks.
+class Accuracy : public MirrorTest, public ::testing::WithParamInterface<int> {};
+
+TEST_P(Accuracy, RunningTaskSeesItselfOnCpu) {
+    const int tasks = GetParam();
+    std::vector<std::unique_ptr<Shared<Report>>> reports;
+    std::vector<std::unique_ptr<Child>> children;
+    for (int i = 0; i < tasks; i++) {
+        reports.push_back(std::make_unique<Shared<Report>>());
+        Report& report = **reports.back();
+        children.push_back(std::make_unique<Child>([&, i] {
+            Mirror mirror;
+            MirrorTask task;
+            if (!join(mirror, task, report)) return;
+            const double end = test::seconds() + 2;
+            uint64_t looks = 0, wrong = 0;
+            while (test::seconds() < end) {
+                for (int k = 0; k < 100; k++, looks++) {
+                    task.note_running();
+                    wrong += mirror.look(task.slot()) != SchedState::on_cpu;
+                }
+                if (i % 2 == 1) usleep(50);  // some wake up often, some are preempted
+            }
+            report.looks = looks;
+            report.wrong = wrong;
+            task.detach();
+        }));
+    }
+    uint64_t looks = 0, wrong = 0;
+    for (int i = 0; i < tasks; i++) {
+        children[i]->wait();
+        Report& report = **reports[i];
+        ASSERT_EQ(report.failed, 0u) << report.text;
+        EXPECT_LE(static_cast<double>(report.wrong), 0.001 * static_cast<double>(report.looks)) << "task " << i;
+        looks += report.looks;
+        wrong += report.wrong;
+    }
+    RecordProperty("looks", std::to_string(looks));
+    printf("%d tasks: %lu looks, %lu wrong\n", tasks, looks, wrong);
+}
+
+INSTANTIATE_TEST_SUITE_P(IdleAndOversubscribed, Accuracy, ::testing::Values(1, 2, 8));
+
+// A switch-in that the kernel's events miss is mended by the task's own note_running.
+TEST_F(MirrorTest, MissedSwitchIsMended) {
+    Shared<Report> report;
+    Child child([&] {
+        Mirror mirror;
+        MirrorTask task;
+        if (!join(mirror, task, *report)) return;
+        while (report->go == 0) usleep(200000);
+        task.note_running();
+        report->noted = 1;
+        for (;;) getppid();
+    });
+    ASSERT_TRUE(joined(*report)) << report->text;
+    Mirror mirror;
+    open(mirror);
+    const auto slot = static_cast<SlotId>(report->slot);
+    // Stop recording while the child sleeps; its 200 ms leave time for that.
+    ASSERT_TRUE(eventually([&] { return mirror.look(slot) == SchedState::blocked; }));
+    const uint64_t asleep = mirror.info(slot).switches;
+    ASSERT_TRUE(eventually([&] { return mirror.info(slot).switches > asleep + 1; }));
+    stop_recording();
+    ASSERT_EQ(mirror.look(slot), SchedState::blocked);
+    report->go = 1;
+    ASSERT_TRUE(eventually([&] { return report->noted != 0; }));
+    EXPECT_EQ(mirror.look(slot), SchedState::on_cpu);
+    mirror.close();
+}
+
+TEST_F(MirrorTest, SleepsThatMoveNothingAreNoticed) {
+    Mirror mirror;
+    open(mirror);
+    MirrorTask task;
+    Error error;
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    for (int i = 0; i < 40; i++) {
+        usleep(100);
+        task.note_slept();
+    }
+    EXPECT_FALSE(task.is_stale());
+    stop_recording();
+    task.note_slept();
+    for (int i = 0; i < 15; i++) task.note_slept();
+    EXPECT_FALSE(task.is_stale());
+    task.note_slept();
+    EXPECT_TRUE(task.is_stale());
+    task.detach();
+    mirror.close();
+}
+
+TEST_F(MirrorTest, OutOfSlotsThenOneComesBack) {
+    reload("--slots 2 --group root");
+    Shared<Report> a, b;
+    auto hold = [&](Report& report) {
+        Mirror mirror;
+        MirrorTask task;
+        if (join(mirror, task, report)) pause();
+    };
+    Child first([&] { hold(*a); });
+    Child second([&] { hold(*b); });
+    ASSERT_TRUE(joined(*a)) << a->text;
+    ASSERT_TRUE(joined(*b)) << b->text;
+    EXPECT_NE(a->slot, b->slot);
+
+    Mirror mirror;
+    open(mirror);
+    EXPECT_EQ(mirror.used(), 2u);
+    MirrorTask task;
+    Error error;
+    EXPECT_FALSE(task.attach(mirror, &error));
+    EXPECT_NE(strstr(error.text, "all 2 slots"), nullptr) << error.text;
+    EXPECT_EQ(task.slot(), 0);
+    EXPECT_TRUE(task.note_running()) << "the caller goes on without";
+
+    const uint32_t generation = mirror.info(static_cast<SlotId>(a->slot)).generation;
+    first.end(SIGKILL);
+    ASSERT_TRUE(eventually([&] { return mirror.used() == 1; })) << "freed by the kernel side, with nobody's help";
+    EXPECT_EQ(mirror.look(static_cast<SlotId>(a->slot)), SchedState::dead);
+    EXPECT_EQ(mirror.info(static_cast<SlotId>(a->slot)).generation, generation + 1);
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    EXPECT_EQ(task.slot(), a->slot);
+    EXPECT_EQ(mirror.look(task.slot()), SchedState::on_cpu);
+    task.detach();
+    mirror.close();
+}
+
+// A task that died between claiming and registering left a claim that the kernel side knows nothing of.
+TEST_F(MirrorTest, ClaimOfAVanishedTaskIsTakenOver) {
+    reload("--slots 1 --group root");
+    Child vanished([] {});
+    const auto tid = static_cast<uint32_t>(vanished.pid);
+    const bpf::Maps raw = maps();
+    raw.claim_array[1].tid = tid;
+    Mirror mirror;
+    open(mirror);
+    MirrorTask task;
+    Error error;
+    EXPECT_FALSE(task.attach(mirror, &error)) << "a zombie still exists";
+    vanished.wait();
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    EXPECT_EQ(task.slot(), 1);
+    task.detach();
+    mirror.close();
+    bpf::close_maps(raw);
+}
+
+// Taken for dead (say, in another pid namespace), a task learns that its slot has a newer user.
+TEST_F(MirrorTest, TakenOverTaskNotices) {
+    reload("--slots 1 --group root");
+    Shared<Report> report;
+    Child child([&] {
+        Mirror mirror;
+        MirrorTask task;
+        if (!join(mirror, task, *report)) return;
+        while (task.note_running()) usleep(1000);
+        report->noted = 1;
+        pause();
+    });
+    ASSERT_TRUE(joined(*report)) << report->text;
+    Child vanished([] {});
+    const auto gone = static_cast<uint32_t>(vanished.pid);
+    vanished.wait();
+    const bpf::Maps raw = maps();
+    raw.claim_array[1].tid = gone;
+    Mirror mirror;
+    open(mirror);
+    MirrorTask task;
+    Error error;
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    usleep(1000);
+    EXPECT_TRUE(eventually([&] { return report->noted != 0; }));
+    // The older user's switches are ignored, and its death frees nothing.
+    child.end(SIGKILL);
+    usleep(10000);
+    EXPECT_EQ(mirror.used(), 1u);
+    EXPECT_TRUE(task.note_running());
+    EXPECT_EQ(mirror.look(1), SchedState::on_cpu);
+    task.detach();
+    mirror.close();
+    bpf::close_maps(raw);
+}
+
+TEST_F(MirrorTest, UnloadedWhileAttached) {
+    Mirror mirror;
+    open(mirror);
+    MirrorTask task;
+    Error error;
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    usleep(1000);
+    EXPECT_TRUE(task.note_running());
+    ASSERT_EQ(schedmirror("unload").exit_code, 0);
+    EXPECT_FALSE(task.note_running());
+    EXPECT_FALSE(mirror.active());
+    EXPECT_EQ(mirror.look(task.slot()), SchedState::unknown);
+    MirrorTask late;
+    EXPECT_FALSE(late.attach(mirror, &error));
+    task.detach();
+    mirror.close();
+
+    ASSERT_EQ(schedmirror("load --slots 100 --group root").exit_code, 0);
+    open(mirror);
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    EXPECT_TRUE(task.note_running());
+    EXPECT_EQ(mirror.look(task.slot()), SchedState::on_cpu);
+    task.detach();
+    mirror.close();
+}
+
+TEST_F(MirrorTest, ForkedChildTakesASlotOfItsOwn) {
+    Mirror mirror;
+    open(mirror);
+    MirrorTask task;
+    Error error;
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    Shared<Report> report;
+    Child child([&] {
+        task.reset_after_fork();
+        Error failure;
+        if (task.attach(mirror, &failure)) report->slot = task.slot();
+    });
+    child.wait();
+    EXPECT_NE(report->slot, 0u);
+    EXPECT_NE(report->slot, task.slot());
+    EXPECT_TRUE(eventually([&] { return mirror.used() == 1; }));
+    task.detach();
+    mirror.close();
+}
+
+TEST_F(MirrorTest, ThreadsRegisterOneByOne) {
+    Mirror mirror;
+    open(mirror);
+    MirrorTask task;
+    Error error;
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    std::thread other([&] {
+        MirrorTask mine;
+        Error failure;
+        if (!mine.attach(mirror, &failure)) {
+            EXPECT_NE(strstr(failure.text, "6.9"), nullptr) << failure.text;
+            return;
+        }
+        EXPECT_NE(mine.slot(), task.slot());
+        usleep(1000);
+        mine.note_running();
+        EXPECT_EQ(mirror.look(mine.slot()), SchedState::on_cpu);
+        EXPECT_EQ(mirror.info(mine.slot()).tid, static_cast<uint32_t>(gettid()));
+        // Ends attached: the kernel side gives the slot back.
+    });
+    other.join();
+    EXPECT_TRUE(eventually([&] { return mirror.used() == 1; }));
+    task.detach();
+    mirror.close();
+}
+
+// Runs the body as another user, with that user's groups.
+template <typename Body>
+void run_as(const char* user, Body body) {
+    const passwd* entry = getpwnam(user);
+    if (entry == nullptr || initgroups(user, entry->pw_gid) != 0 || setgid(entry->pw_gid) != 0 ||
+        setuid(entry->pw_uid) != 0)
+        _exit(2);
+    body();
+}
+
+TEST_F(MirrorTest, GroupMembersNeedNoPrivilege) {
+    if (getpwnam("postgres") == nullptr || getpwnam("nobody") == nullptr)
+        GTEST_SKIP() << "needs the users postgres and nobody";
+    reload("--group postgres");
+    for (const char* user : {"postgres", "nobody"}) {
+        Shared<Report> report;
+        Child child([&] {
+            run_as(user, [&] {
+                Mirror mirror;
+                MirrorTask task;
+                if (!join(mirror, task, *report)) return;
+                usleep(1000);
+                report->noted = task.note_running() && mirror.look(task.slot()) == SchedState::on_cpu &&
+                                mirror.info(task.slot()).switches > 0;
+                task.detach();
+            });
+        });
+        EXPECT_EQ(child.wait(), 0);
+        if (user[0] == 'p') {
+            EXPECT_EQ(report->noted, 1u) << report->text;
+        } else {
+            EXPECT_EQ(report->failed, 1u);
+            EXPECT_NE(strstr(report->text, "group"), nullptr) << report->text;
+        }
+    }
+}
+
+// Whatever a member of the group registers or writes, the header and other slots' memory stay the kernel's.
+TEST_F(MirrorTest, HostileMembersOnlyMislead) {
+    const bpf::Maps raw = maps();
+    const sched_header before = *reinterpret_cast<const sched_header*>(raw.slot_array);
+    for (uint32_t slot : {0u, 101u, 65535u, 65536u, UINT32_MAX}) {
+        Child child([&] {
+            if (bpf::set_registration(raw.tasks_fd, {slot, 7}) != 0) _exit(1);
+            usleep(2000);
+        });
+        EXPECT_EQ(child.wait(), 0);
+    }
+    EXPECT_EQ(memcmp(&before, raw.slot_array, sizeof(before)), 0);
+    EXPECT_EQ(mprotect(const_cast<sched_slot*>(raw.slot_array), 4096, PROT_READ | PROT_WRITE), -1);
+
+    auto* bytes = reinterpret_cast<unsigned char*>(raw.claim_array);
+    srand(7);
+    for (size_t i = 0; i < raw.slots * sizeof(sched_claim); i++) bytes[i] = static_cast<unsigned char>(rand());
+    Mirror mirror;
+    open(mirror);
+    for (uint32_t slot = 0; slot <= 65535; slot++) {
+        EXPECT_LE(static_cast<uint32_t>(mirror.look(static_cast<SlotId>(slot))), SCHED_DEAD);
+        mirror.info(static_cast<SlotId>(slot));
+    }
+    EXPECT_LE(mirror.used(), 100u);
+    MirrorTask task;
+    Error error;
+    if (task.attach(mirror, &error)) task.detach();
+    mirror.close();
+    bpf::close_maps(raw);
+}
+
+}  // namespace
