@@ -176,7 +176,8 @@ TEST_F(MirrorTest, PreemptedTaskIsSeenPreempted) {
     mirror.close();
 }
 
-// Three spinning owners on one CPU, the reader on another: at most one of them runs at a time, and each has its turn.
+// Three spinning owners on one CPU, the reader on another: at most one of them runs at a time, and each has
+// its turn.
 TEST_F(MirrorTest, MoreRunnableTasksThanCpus) {
     if (sysconf(_SC_NPROCESSORS_ONLN) < 2) GTEST_SKIP() << "needs two CPUs";
     test::RestoreAffinity restore;
@@ -215,7 +216,8 @@ TEST_F(MirrorTest, MoreRunnableTasksThanCpus) {
     mirror.close();
 }
 
-// The acceptance: a running task that looks at its own slot sees itself on CPU in at least 99.9 % of the looks.
+// The acceptance: a running task that looks at its own slot sees itself on CPU in at least 99.9 % of the
+// looks.
 class Accuracy : public MirrorTest, public ::testing::WithParamInterface<int> {};
 
 TEST_P(Accuracy, RunningTaskSeesItselfOnCpu) {
@@ -248,7 +250,8 @@ TEST_P(Accuracy, RunningTaskSeesItselfOnCpu) {
         children[i]->wait();
         Report& report = **reports[i];
         ASSERT_EQ(report.failed, 0u) << report.text;
-        EXPECT_LE(static_cast<double>(report.wrong), 0.001 * static_cast<double>(report.looks)) << "task " << i;
+        EXPECT_LE(static_cast<double>(report.wrong), 0.001 * static_cast<double>(report.looks))
+            << "task " << i;
         looks += report.looks;
         wrong += report.wrong;
     }
@@ -333,7 +336,8 @@ TEST_F(MirrorTest, OutOfSlotsThenOneComesBack) {
 
     const uint32_t generation = mirror.info(static_cast<SlotId>(a->slot)).generation;
     first.end(SIGKILL);
-    ASSERT_TRUE(eventually([&] { return mirror.used() == 1; })) << "freed by the kernel side, with nobody's help";
+    ASSERT_TRUE(eventually([&] { return mirror.used() == 1; }))
+        << "freed by the kernel side, with nobody's help";
     EXPECT_EQ(mirror.look(static_cast<SlotId>(a->slot)), SchedState::dead);
     EXPECT_EQ(mirror.info(static_cast<SlotId>(a->slot)).generation, generation + 1);
     ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
@@ -524,7 +528,8 @@ TEST_F(MirrorTest, HostileMembersOnlyMislead) {
 
     auto* bytes = reinterpret_cast<unsigned char*>(raw.claim_array);
     srand(7);
-    for (size_t i = 0; i < raw.slots * sizeof(sched_claim); i++) bytes[i] = static_cast<unsigned char>(rand());
+    for (size_t i = 0; i < raw.slots * sizeof(sched_claim); i++)
+        bytes[i] = static_cast<unsigned char>(rand());
     Mirror mirror;
     open(mirror);
     for (uint32_t slot = 0; slot <= 65535; slot++) {

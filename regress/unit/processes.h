@@ -46,8 +46,7 @@ template <typename T>
 class Shared {
   public:
     Shared() {
-        void* memory =
-            mmap(nullptr, sizeof(T), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+        void* memory = mmap(nullptr, sizeof(T), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
         object_ = new (memory) T();
     }
     ~Shared() { munmap(object_, sizeof(T)); }
