@@ -41,7 +41,7 @@ ifeq (,$(PGXS))
 $(error $(PG_CONFIG) does not run: set PG_CONFIG, or have scripts/setup install what is missing)
 endif
 include $(PGXS)
-include src/build.mk
+include src/build.mk extension/patch/build.mk
 -include $(OBJS:.o=.d)
 
 $(OBJS): Makefile
