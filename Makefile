@@ -60,6 +60,11 @@ install-schedmirror: build/schedmirror
 uninstall-schedmirror:
 	rm -f '$(DESTDIR)$(bindir)/schedmirror'
 
+clean: clean-generator
+.PHONY: clean-generator
+clean-generator:
+	$(MAKE) -s -C bench/generator clean
+
 build:
 	$(MKDIR_P) $@
 endif
