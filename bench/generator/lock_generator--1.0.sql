@@ -1,8 +1,9 @@
 \echo Use "CREATE EXTENSION lock_generator" to load this file. \quit
 
--- Takes the lock min_ms / (hold_ns + out_ns) times, rounded up, with hold_ns of work inside and out_ns outside.
--- shared_pct of the acquires are shared. One acquire in sleep_every (0: none) also sleeps sleep_us inside the lock, one in
--- compute_every (0: none) also computes compute_us inside it. Returns the number of acquires.
+-- Takes the lock min_ms / (hold_ns + out_ns) times, rounded up, with hold_ns of work inside and out_ns
+-- outside. shared_pct of the acquires are shared. One acquire in sleep_every (0: none) also sleeps sleep_us
+-- inside the lock, one in compute_every (0: none) also computes compute_us inside it. Returns the number of
+-- acquires.
 CREATE FUNCTION lock_generator_run(hold_ns int, out_ns int, min_ms float8 DEFAULT 2, shared_pct int DEFAULT 0,
                                    sleep_every int DEFAULT 0, sleep_us int DEFAULT 0,
                                    compute_every int DEFAULT 0, compute_us int DEFAULT 0)
@@ -16,11 +17,13 @@ RETURNS float8 LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 CREATE FUNCTION lock_generator_line_cost()
 RETURNS float8 LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 
--- Takes the lock so often, shared_pct of them shared, and raises an error when two holders were in it that exclude each other.
+-- Takes the lock so often, shared_pct of them shared, and raises an error when two holders were in it that
+-- exclude each other.
 CREATE FUNCTION lock_generator_stress(acquires bigint, shared_pct int)
 RETURNS bigint LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 
--- What all finished stress calls add up to. `value` was counted under the lock without atomics, `exclusive` per call.
+-- What all finished stress calls add up to. `value` was counted under the lock without atomics, `exclusive`
+-- per call.
 CREATE FUNCTION lock_generator_stress_totals(OUT exclusive bigint, OUT shared bigint, OUT value bigint)
 RETURNS record LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 

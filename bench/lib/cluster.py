@@ -10,8 +10,8 @@ from typing import List, Optional
 from . import processes
 from .errors import BenchError
 
-# What a production server has where it bears on locks (fsync, synchronous_commit and full_page_writes stay on), and nothing that
-# starts by itself in the middle of a run.
+# What a production server has where it bears on locks (fsync, synchronous_commit and full_page_writes stay
+# on), and nothing that starts by itself in the middle of a run.
 SETTINGS = """
 listen_addresses = ''
 shared_buffers = '128MB'
@@ -42,8 +42,8 @@ class Cluster:
         return os.path.join(self.bindir, name)
 
     def init(self, max_connections: int) -> None:
-        done = processes.run([self.program("initdb"), "-A", "trust", "-U", "postgres", "--no-locale", "-E", "UTF8", "--no-sync",
-                              "-D", self.data])
+        done = processes.run([self.program("initdb"), "-A", "trust", "-U", "postgres", "--no-locale", "-E", "UTF8",
+                              "--no-sync", "-D", self.data])
         if done.returncode != 0:
             raise BenchError("initdb failed: " + last_line(done.stderr))
         with open(os.path.join(self.data, "postgresql.conf"), "a") as conf:
@@ -59,14 +59,14 @@ class Cluster:
     def start(self, preload: List[str]) -> None:
         with open(self.log, "ab") as log:
             self.process = processes.start(
-                [self.program("postgres"), "-D", self.data, "-c", f"unix_socket_directories={self.socket_dir}", "-c",
-                 f"port={PORT}", "-c", "shared_preload_libraries=" + ",".join(preload)],
+                [self.program("postgres"), "-D", self.data, "-c", f"unix_socket_directories={self.socket_dir}",
+                 "-c", f"port={PORT}", "-c", "shared_preload_libraries=" + ",".join(preload)],
                 signal.SIGQUIT, stdout=log, stderr=log)
         deadline = time.monotonic() + START_TIMEOUT
         while True:
             if self.process.poll() is not None:
                 raise BenchError(f"the {self.name} server did not start: {self.log_tail()}")
-            if processes.run([self.program("pg_isready"), "-q", "-h", self.socket_dir, "-p", str(PORT)]).returncode == 0:
+            if processes.run([self.program("pg_isready"), "-q"] + self.address()).returncode == 0:
                 return
             if time.monotonic() > deadline:
                 raise BenchError(f"the {self.name} server was not ready after {START_TIMEOUT} s: {self.log_tail()}")
@@ -86,8 +86,8 @@ class Cluster:
         return " | ".join(lines[-3:]) or "its log is empty"
 
     def _psql(self, args: List[str]) -> str:
-        done = processes.run([self.program("psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-h", self.socket_dir, "-p", str(PORT),
-                              "-U", "postgres", "-d", "postgres"] + args)
+        done = processes.run([self.program("psql"), "-XAtq", "-v", "ON_ERROR_STOP=1", "-U", "postgres", "-d", "postgres"] +
+                             self.address() + args)
         if done.returncode != 0:
             raise BenchError(f"{self.name} server: {last_line(done.stderr)}")
         return done.stdout.strip()
@@ -131,8 +131,9 @@ class ModuleCluster(Cluster):
 
     def statistics(self) -> dict:
         return json.loads(self.sql(
-            "SELECT row_to_json(s) FROM (SELECT coalesce(sum(contended), 0) contended, coalesce(sum(spin_acquired), 0) spin_acquired,"
-            " coalesce(sum(sleeps), 0) sleeps FROM pg_stat_adaptive_lwlock) s"))
+            "SELECT row_to_json(s) FROM (SELECT coalesce(sum(contended), 0) contended,"
+            " coalesce(sum(spin_acquired), 0) spin_acquired, coalesce(sum(sleeps), 0) sleeps"
+            " FROM pg_stat_adaptive_lwlock) s"))
 
 
 class Pgbouncer:

@@ -1,4 +1,6 @@
-"""The kernel's mirror of who is on a CPU: loaded for the comparison when we may, taken out again when we loaded it."""
+"""The kernel's mirror of who is on a CPU: loaded for the comparison when we may, taken out again when we
+loaded it.
+"""
 
 import os
 import subprocess
@@ -18,7 +20,7 @@ class KernelSide:
         """None when the mirror is there, otherwise one line that says why it is not."""
         was_there = os.path.isdir(PINS) and bool(os.listdir(PINS))
         if os.geteuid() != 0:
-            return None if was_there else "not root, so the kernel side cannot be loaded (as root: schedmirror load)"
+            return None if was_there else "not root: the kernel side cannot be loaded (as root: schedmirror load)"
         if not os.access(self.command, os.X_OK):
             return f"{self.command} is missing (run: make)"
         if not os.path.ismount(BPF_FS):
@@ -39,8 +41,8 @@ class KernelSide:
 
 def _run(*args: str) -> Optional[str]:
     try:
-        done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              start_new_session=True)
+        done = subprocess.run(args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True, start_new_session=True)
     except OSError as error:
         return f"{args[0]}: {error.strerror}"
     if done.returncode == 0:

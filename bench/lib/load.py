@@ -1,8 +1,9 @@
-"""One measured run: pgbench against a server, for a window of time in the middle of which nothing starts or ends.
+"""One measured run: pgbench against a server, for a window of time in the middle of which nothing starts
+or ends.
 
-pgbench makes all its connections first; the window opens after a warm-up and closes before pgbench is told to stop. Rates come
-from the per-transaction log: a transaction that is only partly inside the window counts with that part, so that a few long
-transactions are counted as exactly as many short ones.
+pgbench makes all its connections first; the window opens after a warm-up and closes before pgbench is told to
+stop. Rates come from the per-transaction log: a transaction that is only partly inside the window counts with
+that part, so that a few long transactions are counted as exactly as many short ones.
 """
 
 import glob
@@ -43,8 +44,8 @@ def measure(server, pgbench: str, workload: Workload, clients: int, seconds: flo
     variables = {"clients": clients}
     if workload.lock:
         variables.update(workload.lock.variables())
-    args = [pgbench, "-n", "-M", protocol, "-c", str(clients), "-j", "1", "-T", str(int(seconds) + CONNECT_TIMEOUT), "-l",
-            "--log-prefix", prefix, "-f", script, "-U", "postgres"]
+    args = [pgbench, "-n", "-M", protocol, "-c", str(clients), "-j", "1", "-T", str(int(seconds) + CONNECT_TIMEOUT),
+            "-l", "--log-prefix", prefix, "-f", script, "-U", "postgres"]
     for name, value in variables.items():
         args += ["-D", f"{name}={value}"]
     args += server.address() + ["postgres"]
@@ -65,7 +66,7 @@ def measure(server, pgbench: str, workload: Workload, clients: int, seconds: flo
             try:
                 code = process.wait(FINISH_TIMEOUT)
             except subprocess.TimeoutExpired:
-                raise BenchError(f"{workload.name} with {clients} clients: transactions did not end within {FINISH_TIMEOUT} s")
+                raise BenchError(f"{workload.name} with {clients} clients did not end within {FINISH_TIMEOUT} s")
         finally:
             if process.poll() is None:
                 process.kill()
@@ -104,7 +105,9 @@ def read_log(paths: List[str]) -> List[Tuple[float, int]]:
 
 
 def in_window(finished: List[Tuple[float, int]], begin: float, end: float) -> Tuple[float, List[int]]:
-    """How many transactions fell into the window (with fractions), and the latencies of those that touched it."""
+    """How many transactions fell into the window (with fractions), and the latencies of those that touched
+    it.
+    """
     count = 0.0
     latencies = []
     for stop, latency in finished:
@@ -130,7 +133,9 @@ def _publish(source: str, copy: str) -> None:
 
 
 def _wait_until_connected(process: subprocess.Popen, clients: int) -> None:
-    """pgbench connects one client after the other before it starts the load: its sockets tell how far it is."""
+    """pgbench connects one client after the other before it starts the load: its sockets tell how far it
+    is.
+    """
     deadline = time.monotonic() + CONNECT_TIMEOUT
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -34,7 +34,9 @@ def environment() -> Dict[str, str]:
 
 
 def start(args: List[str], death_signal: int, as_server_user: bool = True, **options) -> subprocess.Popen:
-    """Starts a process in a session of its own (a Ctrl-C is for us alone) that gets death_signal should we die."""
+    """Starts a process in a session of its own (a Ctrl-C is for us alone) that gets death_signal should we
+    die.
+    """
 
     def die_with_parent():
         _libc.prctl(_PR_SET_PDEATHSIG, death_signal, 0, 0, 0)

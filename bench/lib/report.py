@@ -57,7 +57,8 @@ def text_table(results: Results) -> str:
 
 
 def summary_line(machine: dict) -> str:
-    line = f"{machine['server_version']} on {machine['cpus']} CPUs ({machine['cpu_model']}), {_count(machine['rounds'], 'round')} of {machine['seconds']:g} s"
+    line = (f"{machine['server_version']} on {_count(machine['cpus'], 'CPU')} ({machine['cpu_model']}), "
+            f"{_count(machine['rounds'], 'round')} of {machine['seconds']:g} s")
     if machine.get("sched_state_source"):
         line += f"; sched_state source: {machine['sched_state_source']}"
         if machine.get("sched_state_reason"):
@@ -90,18 +91,17 @@ def _efficiencies(results: Results, workload: str, clients: int) -> str:
     found = []
     for mode in results.modes():
         key = (workload, clients, mode)
-        if key in results.samples:
-            values = results.efficiency(key)
-            if values is None:
-                return ""
-            found.append(f"{statistics.median(values):.2f}")
-    return "/".join(found)
+        values = results.efficiency(key) if key in results.samples else None
+        found.append(f"{statistics.median(values):.2f}" if values else "-")
+    return "" if set(found) == {"-"} else "/".join(found)
 
 
 # ---- plots ----
 
 def _plot(results: Results, figure: str, label: str) -> str:
-    """One panel a workload, one group of bars a client count, one bar a mode; whiskers from the lowest to the highest round."""
+    """One panel a workload, one group of bars a client count, one bar a mode; whiskers from the lowest to
+    the highest round.
+    """
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
@@ -153,10 +153,12 @@ def _plot(results: Results, figure: str, label: str) -> str:
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 84em; margin: 2em auto; padding: 0 1.5em; }
 h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2em; }
-table { border-collapse: collapse; font-size: 13px; } td, th { padding: 3px 9px; text-align: right; white-space: nowrap; }
+table { border-collapse: collapse; font-size: 13px; } 
+td, th { padding: 3px 9px; text-align: right; white-space: nowrap; }
 th { border-bottom: 2px solid #888; } td { border-bottom: 1px solid #ddd; }
 td:first-child, th:first-child, .facts td, .facts th { text-align: left; white-space: normal; }
-.range { color: #777; font-size: 11px; } .loss { background: #fbdcdc; } .unsure { background: #fdf1d6; } .gain { background: #e0f3e3; }
+.range { color: #777; font-size: 11px; } 
+.loss { background: #fbdcdc; } .unsure { background: #fdf1d6; } .gain { background: #e0f3e3; }
 svg { max-width: 100%; height: auto; } .scroll { overflow-x: auto; }
 """
 
@@ -177,11 +179,12 @@ def _page(results: Results, command: str) -> str:
              f"<style>{STYLE}</style></head><body><h1>LWLock waiting: compared with a stock server</h1>", _summary(results)]
     compared = [mode for mode in results.modes() if mode != REFERENCE]
     if results.ratios():
-        parts += ["<h2>Throughput, ratio to stock (higher is better)</h2><div class='scroll'>", _plot(results, "tps", "tps / stock tps"),
-                  "</div><h2>Server CPU per transaction, ratio to stock (lower is better)</h2><div class='scroll'>",
+        parts += ["<h2>Throughput, ratio to stock (higher is better)</h2><div class='scroll'>",
+                  _plot(results, "tps", "tps / stock tps"), "</div>",
+                  "<h2>Server CPU per transaction, ratio to stock (lower is better)</h2><div class='scroll'>",
                   _plot(results, "cpu", "CPU / stock CPU"), "</div>"]
-    parts += ["<h2>Every cell</h2>", _table(results, compared), "<h2>Rates</h2>", _rates(results), "<h2>What was run</h2>",
-              _facts(results, command), "</body></html>"]
+    parts += ["<h2>Every cell</h2>", _table(results, compared), "<h2>Rates</h2>", _rates(results),
+              "<h2>What was run</h2>", _facts(results, command), "</body></html>"]
     return "\n".join(parts)
 
 
@@ -195,12 +198,13 @@ def _summary(results: Results) -> str:
         behind = [e for e in entries if e["max"] < 1]
         unsure = len(entries) - ahead - len(behind)
         lost = ", ".join(f"{e['workload']} at {e['clients']}" for e in behind)
-        lines.append(f"<li><b>{mode}</b> ({html.escape(MODES[mode])}): faster than stock in every round in {ahead} of {len(entries)} "
-                     f"cells, slower in every round in {len(behind)}{': ' + lost if lost else ''}; not clear in {unsure}.</li>")
+        lines.append(f"<li><b>{mode}</b> ({html.escape(MODES[mode])}): faster than stock in every round in {ahead} of "
+                     f"{len(entries)} cells, slower in every round in {len(behind)}{': ' + lost if lost else ''}; "
+                     f"not clear in {unsure}.</li>")
     return (f"<p>{html.escape(summary_line(results.machine))}.</p><ul>{''.join(lines)}</ul>"
-            "<p>Modes ran in turn within each round; each ratio compares runs of the same round. Shown is the median of the rounds, with "
-            "the lowest and highest round. Red: slower than stock in every round. Yellow: the median is below stock, "
-            "but not every round. Green: faster in every round.</p>")
+            "<p>Modes ran in turn within each round; each ratio compares runs of the same round. Shown is the median of "
+            "the rounds, with the lowest and highest round. Red: slower than stock in every round. Yellow: the median is "
+            "below stock, but not every round. Green: faster in every round.</p>")
 
 
 def _ratio_cell(entry: Optional[dict]) -> str:
@@ -208,7 +212,8 @@ def _ratio_cell(entry: Optional[dict]) -> str:
         return "<td>-</td>"
     kind = "loss" if entry["max"] < 1 else "gain" if entry["min"] > 1 else "unsure" if entry["loses"] else ""
     mark = f"{LOSS} " if entry["loses"] else ""
-    return (f"<td class='{kind}'>{mark}{entry['median']:.2f} <span class='range'>{entry['min']:.2f} to {entry['max']:.2f}</span></td>")
+    spread = f"<span class='range'>{entry['min']:.2f} to {entry['max']:.2f}</span>"
+    return f"<td class='{kind}'>{mark}{entry['median']:.2f} {spread}</td>"
 
 
 def _small_ratio(entry: Optional[dict], figure: str) -> str:
@@ -226,11 +231,12 @@ def _table(results: Results, compared: List[str]) -> str:
             entry = results.ratio(workload, clients, mode)
             cells += _ratio_cell(entry) + "".join(_small_ratio(entry, f) for f in ("cpu", "latency_p99", "sleeps"))
         rows.append(f"<tr>{cells}<td>{_efficiencies(results, workload, clients)}</td></tr>")
-    return (f"<div class='scroll'><table>{''.join(rows)}</table></div><p>All figures are ratios to stock: transactions a second, server CPU per "
-            "transaction, 99th percentile of the transaction time, sleeps (voluntary context switches of the server's processes) per "
-            "transaction. Efficiency, for the loads on one lock: throughput divided by the most that this machine could reach with that "
-            "lock: max(T1, min(CPUs × T1, 1 / (hold + h))), T1 the rate of one client alone on the stock server, h the cost of moving the "
-            "lock's cache line between two CPUs.</p>")
+    return (f"<div class='scroll'><table>{''.join(rows)}</table></div>"
+            "<p>All figures are ratios to stock: transactions a second, server CPU per transaction, 99th percentile of the "
+            "transaction time, sleeps (voluntary context switches of the server's processes) per transaction. Efficiency, "
+            "for the loads on one lock: throughput divided by the most that this machine could reach with that lock: "
+            "max(T1, min(CPUs × T1, 1 / (hold + h))), T1 the rate of one client alone on the stock server, h the cost of "
+            "moving the lock's cache line between two CPUs.</p>")
 
 
 def _rates(results: Results) -> str:

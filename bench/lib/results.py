@@ -1,7 +1,8 @@
 """From samples to ratios.
 
-On a shared machine a rate means little by itself: the host gives and takes. What is reported is the ratio to the stock server of the
-same round, measured within seconds of it, and the median and range of these ratios over the rounds.
+On a shared machine a rate means little by itself: the host gives and takes. What is reported is the ratio to
+the stock server of the same round, measured within seconds of it, and the median and range of these ratios
+over the rounds.
 """
 
 import statistics
@@ -22,7 +23,9 @@ class Results:
         self.single_client: Dict[str, List[float]] = {}  # transactions a second of one client on the stock server
 
     def add_round(self, workload: str, clients: int, samples: Dict[str, Sample], module: Dict[str, dict]) -> None:
-        """All modes of a cell in one round: only complete rounds are kept, so the lists of a cell's modes match."""
+        """All modes of a cell in one round: only complete rounds are kept, so the lists of a cell's modes
+        match.
+        """
         for mode, sample in samples.items():
             self.samples.setdefault((workload, clients, mode), []).append(sample)
         for mode, counters in module.items():
@@ -52,8 +55,8 @@ class Results:
         tps = self._ratios(key, "tps")
         if tps is None:
             return None
-        entry = {"workload": workload, "clients": clients, "mode": mode, "vs": REFERENCE, "median": statistics.median(tps),
-                 "min": min(tps), "max": max(tps), "loses": round(statistics.median(tps), 2) < 1}
+        entry = {"workload": workload, "clients": clients, "mode": mode, "vs": REFERENCE,
+                 "median": statistics.median(tps), "min": min(tps), "max": max(tps), "loses": round(statistics.median(tps), 2) < 1}
         for name, figure in (("cpu", "cpu_seconds_per_1000_tx"), ("latency_p99", "latency_p99_ms"),
                              ("sleeps", "sleeps_per_1000_tx")):
             values = self._ratios(key, figure)
@@ -68,8 +71,9 @@ class Results:
     def ideal_operations(self, workload: str) -> Optional[float]:
         """Acquires a second that no waiting algorithm can exceed on this machine.
 
-        One client alone reaches T1. More clients reach at most that on every CPU, and at most one hold after the other with the
-        lock's line moving in between; but never less than one client, which could always work alone.
+        One client alone reaches T1. More clients reach at most that on every CPU, and at most one hold after
+        the other with the lock's line moving in between; but never less than one client, which could always
+        work alone.
         """
         lock = ALL[workload].lock
         single = self.single_client.get(workload)

@@ -1,7 +1,7 @@
 """What can be measured: pgbench scripts on real tables, and the generator's known loads on one lock.
 
-Files in bench/workloads: NAME.sql is the pgbench script, NAME.setup.sql makes its tables once, NAME.reset.sql brings them back to
-the same state before each run, outside the measured time.
+Files in bench/workloads: NAME.sql is the pgbench script, NAME.setup.sql makes its tables once, NAME.reset.sql
+brings them back to the same state before each run, outside the measured time.
 """
 
 import math
@@ -14,7 +14,9 @@ DIRECTORY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file_
 
 @dataclass(frozen=True)
 class Lock:
-    """A load on one lock. Times in nanoseconds; `sleep` and `compute`: one acquire in `every` does so for `us` inside the lock."""
+    """A load on one lock. Times in nanoseconds; `sleep` and `compute`: one acquire in `every` does so for
+    `us` inside the lock.
+    """
 
     hold: int
     out: int
@@ -38,10 +40,11 @@ class Lock:
         return hold
 
     def serial_ns(self, line_cost_ns: float, cpus: int) -> float:
-        """The least time an acquire keeps the lock from others: what bounds the rate of acquires on `cpus` CPUs.
+        """The least time an acquire keeps the lock from others: what bounds the rate of acquires on `cpus`
+        CPUs.
 
-        Exclusive holds follow each other, and between two holders the lock's line must move. Shared holds overlap, on as many CPUs
-        as there are; taking one still writes the line.
+        Exclusive holds follow each other, and between two holders the lock's line must move. Shared holds
+        overlap, on as many CPUs as there are; taking one still writes the line.
         """
         exclusive = 1 - self.shared_pct / 100
         return self.mean_hold_ns() * (exclusive + (1 - exclusive) / cpus) + line_cost_ns
@@ -106,7 +109,8 @@ ALL = {
     )
 }
 
-# What `make bench` runs: the cells whose gain is promised, and the saturated lock, where spinning has the most to lose.
+# What `make bench` runs: the cells whose gain is promised, and the saturated lock, where spinning has the
+# most to lose.
 QUICK = {
     "lock_short": [2, 16, 64],
     "lock_saturated": [2, 16],

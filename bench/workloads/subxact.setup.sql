@@ -1,5 +1,5 @@
--- Each client updates its own rows in so many subtransactions that a snapshot cannot hold them all, and reads rows of others:
--- whose subtransaction was that, and is its parent still running?
+-- Each client updates its own rows in so many subtransactions that a snapshot cannot hold them all, and reads
+-- rows of others: whose subtransaction was that, and is its parent still running?
 CREATE TABLE tasks (client int, item int, done int NOT NULL, PRIMARY KEY (client, item)) WITH (fillfactor = 20);
 INSERT INTO tasks SELECT c, i, 0 FROM generate_series(0, 255) c, generate_series(1, 80) i;
 VACUUM (FREEZE, ANALYZE) tasks;
