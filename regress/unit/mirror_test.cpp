@@ -4,8 +4,9 @@
 #include <fcntl.h>
 #include <grp.h>
 #include <gtest/gtest.h>
+#include <linux/bpf.h>
 #include <pwd.h>
-#include <sys/prctl.h>
+#include <sys/syscall.h>
 
 #include <cstring>
 #include <memory>
@@ -64,6 +65,14 @@ class MirrorTest : public test::PrivateMirror {
         Error error;
         EXPECT_TRUE(bpf::open_maps(dir.c_str(), &maps, &error)) << error.text;
         return maps;
+    }
+    // A descriptor of the kernel-written array with every right that its file gives.
+    int open_slots() const {
+        const std::string path = dir + "/slots";
+        bpf_attr attr;
+        memset(&attr, 0, sizeof(attr));
+        attr.pathname = reinterpret_cast<uintptr_t>(path.c_str());
+        return static_cast<int>(syscall(SYS_bpf, BPF_OBJ_GET, &attr, sizeof(attr)));
     }
     // Takes the switch program away and leaves the mirror as it is: from now on every switch is missed.
     void stop_recording() {
@@ -377,7 +386,7 @@ TEST_F(MirrorTest, TakenOverTaskNotices) {
         if (!join(mirror, task, *report)) return;
         while (task.note_running()) usleep(1000);
         report->noted = 1;
-        pause();
+        for (;;) usleep(1000);
     });
     ASSERT_TRUE(joined(*report)) << report->text;
     Child vanished([] {});
@@ -393,6 +402,8 @@ TEST_F(MirrorTest, TakenOverTaskNotices) {
     usleep(1000);
     EXPECT_TRUE(eventually([&] { return report->noted != 0; }));
     // The older user's switches are ignored, and its death frees nothing.
+    for (const double end = test::seconds() + 0.2; test::seconds() < end;)
+        ASSERT_EQ(mirror.info(1).tid, static_cast<uint32_t>(gettid()));
     child.end(SIGKILL);
     usleep(10000);
     EXPECT_EQ(mirror.used(), 1u);
@@ -400,6 +411,26 @@ TEST_F(MirrorTest, TakenOverTaskNotices) {
     EXPECT_EQ(mirror.look(1), SchedState::on_cpu);
     task.detach();
     mirror.close();
+    bpf::close_maps(raw);
+}
+
+// The same when the newer user has claimed the slot but not switched yet, so that the kernel has not heard of
+// it.
+TEST_F(MirrorTest, DeathFreesNobodyElsesClaim) {
+    Shared<Report> report;
+    Child child([&] {
+        Mirror mirror;
+        MirrorTask task;
+        if (join(mirror, task, *report)) pause();
+    });
+    ASSERT_TRUE(joined(*report)) << report->text;
+    const bpf::Maps raw = maps();
+    sched_claim& claim = raw.claim_array[report->slot];
+    claim.generation++;
+    claim.tid = static_cast<uint32_t>(gettid());
+    child.end(SIGKILL);
+    usleep(10000);
+    EXPECT_EQ(claim.tid, static_cast<uint32_t>(gettid()));
     bpf::close_maps(raw);
 }
 
@@ -425,6 +456,21 @@ TEST_F(MirrorTest, UnloadedWhileAttached) {
     ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
     EXPECT_TRUE(task.note_running());
     EXPECT_EQ(mirror.look(task.slot()), SchedState::on_cpu);
+    task.detach();
+    mirror.close();
+}
+
+// Unloading itself moves the switch counts: a task that is never switched out learns of it too.
+TEST_F(MirrorTest, UnloadingIsNoticedWithoutASwitch) {
+    Mirror mirror;
+    open(mirror);
+    MirrorTask task;
+    Error error;
+    ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
+    stop_recording();
+    ASSERT_TRUE(task.note_running());
+    ASSERT_EQ(schedmirror("unload").exit_code, 0);
+    EXPECT_FALSE(task.note_running());
     task.detach();
     mirror.close();
 }
@@ -524,7 +570,11 @@ TEST_F(MirrorTest, HostileMembersOnlyMislead) {
         EXPECT_EQ(child.wait(), 0);
     }
     EXPECT_EQ(memcmp(&before, raw.slot_array, sizeof(before)), 0);
-    EXPECT_EQ(mprotect(const_cast<sched_slot*>(raw.slot_array), 4096, PROT_READ | PROT_WRITE), -1);
+    const int fd = open_slots();
+    ASSERT_GE(fd, 0);
+    EXPECT_EQ(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0), MAP_FAILED)
+        << "not even as root";
+    close(fd);
 
     auto* bytes = reinterpret_cast<unsigned char*>(raw.claim_array);
     srand(7);
