@@ -240,7 +240,7 @@ class AdaptiveLock {
             if (attempt(lock, mode)) break;
         }
         Host::set_owner(lock);
-        if (mode == LockMode::exclusive) Host::pace().acquired_contended(&lock);
+        if (mode == LockMode::exclusive) Host::pace().handed_over(&lock);
     }
 
     // ---- the spinner ------------------------------------------------------------------------------------------

@@ -161,9 +161,11 @@ inline SchedState Mirror::look(SlotId slot) const noexcept {
 }
 
 // The kernel's word, mended by the task's own: on CPU, or known to have run since the last recorded switch.
-// The kernel stores the state before the count (schedmirror.bpf.c), so a task that is being switched out may
-// still be called running for the length of two stores, and never the other way round. Acquire: the counts
-// read are at least as new as the state.
+// The mending is needed because not every kernel traces every switch: on some virtual machines the switches
+// away from the idle task and from init's threads reach no tracepoint user, and whoever is switched in then
+// stays "off CPU". The kernel stores the state before the count (schedmirror.bpf.c), so a task that is being
+// switched out may still be called running for the length of two stores, and never the other way round.
+// Acquire: the counts read are at least as new as the state.
 inline SchedState Mirror::look_bpf(SlotId slot) const noexcept {
     const sched_slot& s = slots_[slot];
     const uint32_t state = __atomic_load_n(&s.state, __ATOMIC_ACQUIRE);

@@ -2,16 +2,17 @@
 /*
  * The pace of a spin: how long a spinner leaves a taken lock alone before it looks again.
  *
- * Every look takes the lock's cache line from the holder, and taking the lock over takes the data along: a few transfers
- * between cores, 200 to 300 ns together. Two kinds of locks want opposite things:
- *   - Holders that stay away for longer than that (most locks of a real program): the lock is free after the hold, and
- *     every moment it is not taken is lost. Look soon and often.
- *   - Holders that are back sooner than that (a loop around a short critical section): as long as one task has the
- *     lock to itself it costs one core's cached time; handing it to and fro costs several transfers a turn, and more
- *     cores make it slower. Stay away, and take it over rarely.
+ * Every look takes the lock's cache line from the holder, and taking the lock over takes along the data that it protects.
+ * So two kinds of locks want opposite things:
+ *   - If holders stay away for longer than a hand-over takes, the lock is free after the hold, and every moment that it
+ *     is not taken is lost. Look soon and often (quick).
+ *   - If holders are back sooner than that, one task that has the lock to itself turns faster, with everything in its
+ *     cache, than two that hand it to and fro; more cores make it slower. Stay away, take over rarely (patient).
  *
- * PaceLearner tells them apart by what the spinner itself does: how long it stays outside between two exclusive holds of
- * the same lock. It samples one turn after each contended acquire; the uncontended path pays one comparison.
+ * PaceLearner tells them apart by what its own task goes through at the lock: the time of a hold after a hand-over (with the
+ * cache misses) against the time of a whole turn alone (hold and outside, until the next acquire). Patience pays when a
+ * turn alone is shorter than a hold after a hand-over together with the hand-over of the lock itself.
+ * It samples after contended acquires only; the uncontended path pays a comparison at either end.
  *
  * Bounds: a wrong guess costs at most SpinPace::longest of waiting a look, and spins remain limited by their budget. What
  * nothing is known of gets the quick pace.
@@ -30,62 +31,91 @@ struct SpinPace {
     uint64_t first;
     uint64_t longest;
 
-    static SpinPace quick() { return of_nanoseconds(50, 1'600); }
-    static SpinPace patient() { return of_nanoseconds(10'000, 10'000); }
+    static SpinPace quick() { return {.first = from_nanoseconds(50), .longest = from_nanoseconds(1'600)}; }
+    static SpinPace patient() { return {.first = from_nanoseconds(10'000), .longest = from_nanoseconds(10'000)}; }
 
-  private:
-    static SpinPace of_nanoseconds(uint64_t first, uint64_t longest) {
-        const uint64_t ticks = CycleClock::ticks_per_microsecond();
-        return {.first = first * ticks / 1000, .longest = longest * ticks / 1000};
-    }
+    static uint64_t from_nanoseconds(uint64_t ns) { return ns * CycleClock::ticks_per_microsecond() / 1000; }
 };
 
 class PaceLearner {
   public:
     /// An exclusive acquire begins. Hot.
     void acquiring(const void* lock) noexcept {
-        if (lock == left_) [[unlikely]] end_sample();
+        if (lock == sampled_) [[unlikely]] sample_at_acquire();
     }
 
     /// An exclusive hold has ended. Hot.
     void released(const void* lock) noexcept {
-        if (lock == taken_) [[unlikely]] {
-            taken_ = nullptr;
-            left_ = lock;
-            left_at_ = CycleClock::now();
-        }
+        if (lock == sampled_) [[unlikely]] sample_at_release();
     }
 
-    /// An exclusive acquire that had to wait has succeeded: sample the turn that follows.
-    void acquired_contended(const void* lock) noexcept { taken_ = lock; }
+    /// An exclusive acquire that had to wait has succeeded: the lock was handed over.
+    void handed_over(const void* lock) noexcept {
+        // A turn during which the lock was handed over again was not one alone. Known locks are sampled now and then.
+        sampled_ = nullptr;
+        if (of(lock).turn_alone != kUnknown && ++skipped_ % 8 != 0) return;
+        sampled_ = lock;
+        stage_ = Stage::holding;
+        since_ = CycleClock::now();
+    }
 
     SpinPace pace(const void* lock) const noexcept {
-        const uint32_t outside = outside_[index(lock)];
-        return outside != kUnknown && outside < kHandOverNanoseconds ? SpinPace::patient() : SpinPace::quick();
+        const Times& t = of(lock);
+        const bool patience_pays = t.turn_alone != kUnknown &&
+                                   t.turn_alone < t.hold_after_handover + SpinPace::from_nanoseconds(kHandOverNs);
+        return patience_pays ? SpinPace::patient() : SpinPace::quick();
     }
 
   private:
-    static constexpr uint32_t kUnknown = 0;
-    static constexpr uint32_t kHandOverNanoseconds = 300;
-    static constexpr uint32_t kLongestNanoseconds = 100'000;
-    static constexpr size_t kLocks = 64;  // locks share entries: one of them may get the other's pace
+    static constexpr uint64_t kUnknown = 0;
+    static constexpr uint64_t kHandOverNs = 200;  // two or three transfers of the lock's line
+    static constexpr size_t kLocks = 64;          // locks share entries: one of them may get the other's pace
+
+    enum class Stage : uint8_t { holding, outside, alone };
+
+    struct Times {  // running medians, ticks
+        uint64_t hold_after_handover = kUnknown;
+        uint64_t turn_alone = kUnknown;
+    };
 
     static size_t index(const void* lock) noexcept {
         return (reinterpret_cast<uint64_t>(lock) * 0x9E3779B97F4A7C15u) >> 58;
     }
+    Times& of(const void* lock) noexcept { return times_[index(lock)]; }
+    const Times& of(const void* lock) const noexcept { return times_[index(lock)]; }
 
-    void end_sample() noexcept {
-        const uint64_t ns = (CycleClock::now() - left_at_) * 1000 / CycleClock::ticks_per_microsecond();
-        const uint32_t sample = 1 + static_cast<uint32_t>(ns < kLongestNanoseconds ? ns : kLongestNanoseconds);
-        uint32_t& mean = outside_[index(left_)];
-        mean = mean == kUnknown ? sample : mean - mean / 8 + sample / 8;
-        left_ = nullptr;
+    /// Moves a running median towards a sample by a sixteenth, however far the sample lies: one that was preempted counts
+    /// no more than any other.
+    static void learn(uint64_t& median, uint64_t sample) noexcept {
+        const uint64_t step = median / 16 + 1;
+        if (median == kUnknown)
+            median = sample + 1;
+        else
+            median = sample > median ? median + step : median - step;
     }
 
-    const void* taken_ = nullptr;  // the sampled lock, while it is held
-    const void* left_ = nullptr;   // the same, since it was released
-    uint64_t left_at_ = 0;
-    uint32_t outside_[kLocks] = {};  // moving mean of the time outside, ns
+    void sample_at_release() noexcept {
+        if (stage_ != Stage::holding) return;
+        learn(of(sampled_).hold_after_handover, CycleClock::now() - since_);
+        stage_ = Stage::outside;
+    }
+
+    void sample_at_acquire() noexcept {
+        const uint64_t now = CycleClock::now();
+        if (stage_ == Stage::alone) {
+            learn(of(sampled_).turn_alone, now - since_);
+            sampled_ = nullptr;
+        } else {
+            stage_ = Stage::alone;  // unless this acquire has to wait: handed_over()
+            since_ = now;
+        }
+    }
+
+    const void* sampled_ = nullptr;
+    uint64_t since_ = 0;
+    Stage stage_ = Stage::holding;
+    uint32_t skipped_ = 0;
+    Times times_[kLocks];
 };
 
 }  // namespace adaptive
