@@ -2,7 +2,7 @@
 # Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|switch_cost]
 #
 # Needs: g++; for the kernel side clang, bpftool, libbpf-dev, libboost-program-options-dev; for the tests libgtest-dev and
-# libboost-dev. SCHEDMIRROR=no leaves out the kernel side.
+# libboost-dev.
 
 B := build
 ADAPTIVE_CXX ?= g++
