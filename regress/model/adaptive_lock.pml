@@ -1,0 +1,520 @@
+/*
+ * Model of src/lock/adaptive_lock.h for the spin model checker; regress/model/check runs it.
+ *
+ * Tasks take and release one lock as often as they like, and may stop coming whenever they are outside. The checker
+ * visits every interleaving of their steps and shows
+ *   exclusion         a writer is alone: the assertion in attempt().
+ *   no lost wake-up   the only state without a next step is the one where every task has stopped (spin: no invalid end
+ *                     state). Were somebody asleep with nobody to wake him, the others could stop and leave him there.
+ *   progress          no endless run in which, from some step on, no acquire and no wait ends (spin: no non-progress
+ *                     cycle). With the above: once the others stop coming, every acquire ends.
+ *   I2                nobody is queued twice. When all have stopped the state word is clean, and the semaphores balanced.
+ *   I3                a release that frees the lock has taken every bystander off the list when it returns.
+ *
+ * Steps and functions
+ * -------------------
+ * An inline here is the function of the same name there, and a step is one atomic operation on the state word, a wait
+ * state or a semaphore. Only these are drawn together into one step:
+ *   - A compare-exchange loop: only its last round has an effect. And with it whatever only looks: an attempt that
+ *     finds the lock taken, the relaxed look in become_spinner(), the spinner's looks at the lock and its owner.
+ *   - unlock_list() and what was done with the list locked. That touches the list, the wait modes, and the wait states
+ *     waiting and removed, which nobody else reads or writes without the list lock; only absorb_wakeup() reads a wait
+ *     state without it, and asks for not_waiting alone.
+ *   - Erasing a waiter from the waker's own list, and making it not_waiting, which publishes that.
+ * Chosen freely whenever they are asked for: the policy, the mirror's answers, the time that I4 lets a releaser spare,
+ * and the spinner's budget, which need only end. wake_all() wakes in any order, that of the list among them.
+ * All operations on the state word are sequentially consistent there; here every step is.
+ *
+ * Options (-D)
+ *   TASKS=n        3 unless said otherwise
+ *   WRITERS_ONLY   no shared holds
+ *   BYSTANDERS     tasks also acquire_or_wait()
+ *   VARIABLE       another cast: task 0 acquires, may update() a variable and then need not release; the others
+ *                  wait_until() it has changed
+ *   FOREIGN_POST   somebody posts on task 0's semaphore, once, at any time, for reasons of his own
+ *   MUTATE_…       breaks a rule of the protocol; the checker must find out
+ */
+
+#ifndef TASKS
+#define TASKS 3
+#endif
+
+/* ---- the lock ---- */
+
+#define HAS_WAITERS 1
+#define RELEASE_OK 2
+#define LIST_LOCKED 4
+#define SPINNER 8
+#define UNTIL_FREE 16
+#define EXCLUSIVE 32
+#define SHARED 64 /* 128, 192: two, three holds */
+#define HELD_MASK (EXCLUSIVE | 192)
+
+#define NOBODY 7
+
+byte state = RELEASE_OK;
+byte list[TASKS] = NOBODY; /* the wait list, from its head */
+byte listed;               /* its length */
+
+/* ---- the waiters ---- */
+
+mtype = { exclusive, shared, until_free, not_waiting, waiting, removed };
+
+mtype wait_state[TASKS] = not_waiting;
+mtype wait_mode[TASKS] = exclusive; /* of those in the list */
+byte semaphore[TASKS];
+
+bit variable; /* guarded by the lock, watched by wait_until() */
+
+/* ---- for the properties only ---- */
+
+byte writers, readers;
+byte owed[TASKS]; /* by each releaser, as a set: the bystanders that its release has to wake */
+byte stopped;     /* how many tasks do not come again */
+
+hidden byte i, j, w; /* used within one step */
+
+#define me _pid
+#define set_of(task) (1 << (task))
+#define hold_of(mode) (mode == exclusive -> EXCLUSIVE : SHARED)
+#define is_free_for(mode) ((state & (mode == exclusive -> HELD_MASK : EXCLUSIVE)) == 0)
+#define held_exclusively ((state & EXCLUSIVE) != 0)
+
+/* ---- the wait list (I2) ---- */
+
+inline lock_list()
+{
+    d_step { !(state & LIST_LOCKED) -> state = state | LIST_LOCKED }
+}
+
+inline unlock_list(set, clear)
+{
+    state = (state | (set)) & ~((clear) | LIST_LOCKED | HAS_WAITERS | UNTIL_FREE);
+    if
+    :: listed == 0
+    :: else ->
+        state = state | HAS_WAITERS | (wait_mode[list[0]] == until_free -> UNTIL_FREE : 0)
+    fi
+}
+
+inline push_tail(task)
+{
+    list[listed] = task;
+    listed++
+}
+
+inline push_head(task)
+{
+    for (i : 1 .. listed) {
+        list[listed + 1 - i] = list[listed - i]
+    }
+    list[0] = task;
+    listed++
+}
+
+inline erase(task)
+{
+    i = 0;
+    do
+    :: list[i] == task -> break
+    :: else -> i++
+    od;
+    listed--;
+    for (i : i .. listed - 1) {
+        list[i] = list[i + 1]
+    }
+    list[listed] = NOBODY;
+    wait_mode[task] = exclusive; /* nobody asks any more: fewer states */
+    for (i : 0 .. TASKS - 1) {
+        owed[i] = owed[i] & ~set_of(task)
+    }
+}
+
+inline queue_self(as)
+{
+    lock_list();
+    d_step {
+        assert(wait_state[me] == not_waiting);
+        wait_mode[me] = as;
+        wait_state[me] = waiting;
+        if
+        :: as == until_free -> push_head(me)
+        :: else -> push_tail(me)
+        fi;
+        unlock_list(0, 0)
+    }
+}
+
+inline dequeue_self()
+{
+    lock_list();
+    d_step {
+        still_queued = (wait_state[me] == waiting);
+        if
+        :: still_queued -> erase(me); wait_state[me] = not_waiting
+        :: else
+        fi;
+        unlock_list(0, 0)
+    }
+    if
+    :: still_queued -> still_queued = false
+    :: else ->
+#ifndef MUTATE_DUTY_NOT_GIVEN_BACK
+        state = state | RELEASE_OK;
+#endif
+#ifndef MUTATE_WAKEUP_NOT_ABSORBED
+        absorb_wakeup()
+#endif
+    fi
+}
+
+inline move_to_woken(task)
+{
+    erase(task);
+    wait_state[task] = removed;
+    woken = woken | set_of(task)
+}
+
+inline take_until_free()
+{
+    do
+    :: listed > 0 && wait_mode[list[0]] == until_free -> w = list[0]; move_to_woken(w)
+    :: else -> break
+    od
+}
+
+inline wake(task)
+{
+    d_step { woken = woken & ~set_of(task); wait_state[task] = not_waiting }
+    semaphore[task]++
+}
+
+inline wake_all()
+{
+    do
+    :: woken & set_of(0) -> wake(0)
+    :: woken & set_of(1) -> wake(1)
+#if TASKS > 2
+    :: woken & set_of(2) -> wake(2)
+#endif
+    :: woken == 0 -> break
+    od
+}
+
+/* ---- sleeping ---- */
+
+inline absorb_wakeup()
+{
+    do
+    :: d_step { semaphore[me] > 0 -> semaphore[me]-- }
+        if
+        :: wait_state[me] == not_waiting -> break
+#ifndef MUTATE_EXCESS_GIVEN_BACK_AT_ONCE
+        :: else -> taken_in_excess++
+#else
+        :: else -> semaphore[me]++
+#endif
+        fi
+    od;
+    do
+    :: taken_in_excess > 0 -> d_step { semaphore[me]++; taken_in_excess-- }
+    :: taken_in_excess == 0 -> break
+    od
+}
+
+inline sleep_until_woken()
+{
+    absorb_wakeup()
+}
+
+/* ---- the releaser ---- */
+
+inline wake_waiters()
+{
+    lock_list();
+    d_step {
+        woke_locker = false;
+        j = 0;
+        do
+        :: j == listed -> break
+        :: j < listed && woke_locker && wait_mode[list[j]] == exclusive -> j++
+        :: else ->
+            w = list[j];
+            woke_locker = woke_locker || wait_mode[w] != until_free;
+            if
+            :: wait_mode[w] == exclusive -> move_to_woken(w); break
+            :: else -> move_to_woken(w)
+            fi
+        od;
+        if
+        :: woke_locker -> unlock_list(0, RELEASE_OK)
+        :: else -> unlock_list(RELEASE_OK, 0)
+        fi
+    }
+    wake_all()
+}
+
+inline update(value)
+{
+    lock_list();
+    d_step {
+        variable = value;
+        take_until_free();
+        unlock_list(0, 0)
+    }
+    wake_all()
+}
+
+inline wake_until_free()
+{
+    update(variable)
+}
+
+/* Whether the mirror and I4 allow it is left open. */
+#ifndef MUTATE_SPARE_WITHOUT_SPINNER
+#define may_spare_wakeup (left & SPINNER)
+#else
+#define may_spare_wakeup true
+#endif
+
+inline after_release()
+{
+    if
+    :: left & RELEASE_OK -> wake_waiters()
+    :: !(left & RELEASE_OK) || may_spare_wakeup ->
+        if
+#ifndef MUTATE_BYSTANDERS_SPARED
+        :: left & UNTIL_FREE -> wake_until_free()
+#else
+        :: (left & UNTIL_FREE) && !(left & SPINNER) -> wake_until_free()
+#endif
+        :: else
+        fi
+    fi
+}
+
+inline release()
+{
+    d_step {
+        state = state - hold_of(mode);
+        left = state & ~LIST_LOCKED; /* that one nobody asks for */
+        writers = writers - (mode == exclusive -> 1 : 0);
+        readers = readers - (mode == shared -> 1 : 0);
+        for (i : 1 .. listed) {
+            w = list[i - 1];
+            if
+            :: !(left & HELD_MASK) && wait_mode[w] == until_free -> owed[me] = owed[me] | set_of(w)
+            :: else
+            fi
+        }
+    }
+    if
+    :: (left & (HELD_MASK | HAS_WAITERS)) == HAS_WAITERS -> after_release()
+    :: else
+    fi;
+    left = 0;
+    assert(owed[me] == 0)
+}
+
+/* ---- acquiring ---- */
+
+/* `got` says whether. */
+inline attempt(clear)
+{
+#ifdef MUTATE_ATTEMPT_IN_TWO_STEPS
+    got = is_free_for(mode);
+#endif
+    d_step {
+#ifndef MUTATE_ATTEMPT_IN_TWO_STEPS
+        got = is_free_for(mode);
+#endif
+        if
+        :: got ->
+            state = (state + hold_of(mode)) & ~(clear);
+            writers = writers + (mode == exclusive -> 1 : 0);
+            readers = readers + (mode == shared -> 1 : 0);
+            assert(writers + (readers > 0) <= 1)
+        :: else
+        fi
+    }
+}
+
+inline become_spinner()
+{
+    d_step { !(state & SPINNER) -> state = state | SPINNER }
+}
+
+/* `got` is false on entry. */
+inline spin()
+{
+    if
+    :: become_spinner();
+        if
+        :: atomic { is_free_for(mode) -> attempt(SPINNER) }
+#ifndef MUTATE_SPINNER_CLEARED_LATE
+        :: state = state & ~SPINNER /* the owner is off its CPU, or the budget is spent */
+#else
+        :: cleared_late = true
+#endif
+        fi
+    :: true /* the policy is to park, or somebody else was seen spinning */
+    fi
+}
+
+inline acquire_contended()
+{
+    do
+    :: spin();
+        if
+        :: got -> break
+        :: else
+        fi;
+        queue_self(mode);
+#ifndef MUTATE_NO_LAST_ATTEMPT
+        attempt(0);
+#endif
+#ifdef MUTATE_SPINNER_CLEARED_LATE
+        if
+        :: cleared_late -> d_step { state = state & ~SPINNER; cleared_late = false }
+        :: else
+        fi;
+#endif
+        if
+        :: got -> dequeue_self(); break
+        :: else
+        fi;
+        sleep_until_woken();
+#ifndef MUTATE_NO_RELEASE_OK
+        state = state | RELEASE_OK;
+#endif
+        attempt(0);
+        if
+        :: got -> break
+        :: else
+        fi
+    od
+}
+
+inline acquire()
+{
+    attempt(0);
+    if
+    :: got
+    :: else -> acquire_contended()
+    fi
+}
+
+inline acquire_or_wait()
+{
+    attempt(0);
+    if
+    :: got
+    :: else ->
+        queue_self(until_free);
+        attempt(0);
+        if
+        :: got -> dequeue_self()
+        :: else -> sleep_until_woken()
+        fi
+    fi
+}
+
+inline look_with_list_locked(settled)
+{
+    lock_list();
+    d_step { got = (settled); state = state & ~LIST_LOCKED }
+}
+
+/* Until freed, or `settled`. */
+inline wait_until(settled)
+{
+    do
+    :: !held_exclusively -> break
+    :: else ->
+        look_with_list_locked(settled);
+        if
+        :: got -> break
+        :: else
+        fi;
+        queue_self(until_free);
+#ifndef MUTATE_NO_SECOND_LOOK
+        got = !held_exclusively;
+        if
+        :: got
+        :: else -> look_with_list_locked(settled)
+        fi;
+#endif
+        if
+        :: got -> dequeue_self(); break
+        :: else
+        fi;
+        sleep_until_woken()
+    od;
+    got = false
+}
+
+/* ---- the tasks ---- */
+
+active [TASKS] proctype task()
+{
+    mtype mode = exclusive;
+    bool got, still_queued, woke_locker, cleared_late;
+    byte left;            /* release(): the state word after it */
+    byte woken;           /* taken off the list, to be woken: a set */
+    byte taken_in_excess; /* posts that were not the waker's */
+
+#ifndef VARIABLE
+    do
+    :: if
+        :: mode = exclusive
+#ifndef WRITERS_ONLY
+        :: mode = shared
+#endif
+        fi;
+        if
+        :: acquire()
+#ifdef BYSTANDERS
+        :: acquire_or_wait()
+#endif
+        fi;
+progress:
+        if
+        :: got -> got = false; release()
+        :: else
+        fi;
+        mode = exclusive
+    :: break
+    od;
+#else
+    if
+    :: me == 0 ->
+        acquire();
+        if
+        :: update(1);
+            if
+            :: release()
+            :: true
+            fi
+        :: release()
+        fi
+    :: else -> wait_until(variable == 1)
+    fi;
+#endif
+    stopped++
+}
+
+#ifdef FOREIGN_POST
+bit foreign_post;
+active proctype foreigner() { d_step { semaphore[0]++; foreign_post = 1 } }
+#else
+#define foreign_post 0
+#endif
+
+active proctype aftermath()
+{
+    stopped == TASKS;
+#ifndef VARIABLE
+    assert(state == RELEASE_OK);
+#endif
+    assert(listed == 0 && semaphore[0] == foreign_post && semaphore[1] == 0 && semaphore[TASKS - 1] == 0)
+}
