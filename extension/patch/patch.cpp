@@ -32,9 +32,10 @@
 // the program was touched; when it objects only later, the program's pages are mapped again from the file.
 // Memory is never writable and executable.
 //
-// What it makes unusable: breakpoints and uprobes *inside* the few bytes under the jump, and those further
-// inside the old function, including its static probes, do not fire. The thunk has no unwind information; a
-// profiler's sample in its two instructions shows the caller missing, no more.
+// What it makes unusable: breakpoints and uprobes *inside* the few bytes under the jump must not be set, and
+// those further inside the old function, including its static probes, do not fire. The thunk has no unwind
+// information; a profiler's sample in its two instructions may miss the caller, no more. On aarch64 a changed
+// page no longer has PROT_BTI.
 #include "patch.h"
 
 #include <dirent.h>

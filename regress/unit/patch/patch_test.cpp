@@ -43,6 +43,9 @@ void count_signal(int);
 long replacement(long a, long b, long c, long d, long e, long f) {
     return 2000000 + a + 2 * b + 3 * c + 5 * d + 7 * e + 11 * f;
 }
+long replacement_of_two(long a, long b) {
+    return replacement(a, b, 0, 0, 0, 0);
+}
 }
 
 namespace adaptive::patch {
@@ -90,7 +93,9 @@ uint8_t* address_of(const char* name) {
 }
 
 Replacement replace(const char* name, int int_args = 6) {
-    return {name, address_of(name), reinterpret_cast<void*>(&replacement), int_args};
+    void* const by =
+        int_args == 6 ? reinterpret_cast<void*>(&replacement) : reinterpret_cast<void*>(&replacement_of_two);
+    return {name, address_of(name), by, int_args};
 }
 
 std::vector<Replacement> replace_all() {
@@ -128,19 +133,6 @@ std::string call_all(long base) {
 }
 
 constexpr long kOriginal = 1000000, kReplaced = 2000000;
-
-std::string permissions_of(pid_t pid, const void* address) {
-    std::ifstream maps("/proc/" + std::to_string(pid) + "/maps");
-    for (std::string line; std::getline(maps, line);) {
-        unsigned long start, end;
-        char permissions[5];
-        if (std::sscanf(line.c_str(), "%lx-%lx %4s", &start, &end, permissions) == 3 &&
-            reinterpret_cast<unsigned long>(address) >= start &&
-            reinterpret_cast<unsigned long>(address) < end)
-            return permissions;
-    }
-    return "";
-}
 
 std::string writable_and_executable(pid_t pid) {
     std::ifstream maps("/proc/" + std::to_string(pid) + "/maps");
@@ -441,13 +433,14 @@ void mark() {
 
 std::string traced(const Body& body, const std::function<bool(pid_t, const user_regs_struct&)>& on_call) {
     Child child([&] {
-        ptrace(PTRACE_TRACEME, 0, nullptr, nullptr);
+        if (ptrace(PTRACE_TRACEME, 0, nullptr, nullptr) != 0) return std::string("no ptrace");
         raise(SIGSTOP);
         return body();
     });
     const pid_t pid = child.pid();
     int status;
     waitpid(pid, &status, 0);
+    if (!WIFSTOPPED(status)) return child.verdict(status);
     ptrace(PTRACE_SETOPTIONS, pid, nullptr, PTRACE_O_TRACESYSGOOD | PTRACE_O_EXITKILL);
     bool entry = true, marked = false, failing = false;
     for (int signal = 0;;) {
@@ -479,6 +472,19 @@ std::string traced(const Body& body, const std::function<bool(pid_t, const user_
     }
 }
 
+std::string permissions_of(pid_t pid, const void* address) {
+    std::ifstream maps("/proc/" + std::to_string(pid) + "/maps");
+    for (std::string line; std::getline(maps, line);) {
+        unsigned long start, end;
+        char permissions[5];
+        if (std::sscanf(line.c_str(), "%lx-%lx %4s", &start, &end, permissions) == 3 &&
+            reinterpret_cast<unsigned long>(address) >= start &&
+            reinterpret_cast<unsigned long>(address) < end)
+            return permissions;
+    }
+    return "";
+}
+
 bool is_mprotect(const user_regs_struct& r) {
     return r.orig_rax == SYS_mprotect;
 }
@@ -489,9 +495,18 @@ bool maps_file_code(const user_regs_struct& r) {
     return r.orig_rax == SYS_mmap && r.rdx & PROT_EXEC;
 }
 
+class PatchTraced : public testing::Test {
+  protected:
+    void SetUp() override {
+        const auto nothing =
+            traced([] { return std::string(); }, [](pid_t, const user_regs_struct&) { return false; });
+        if (nothing == "no ptrace") GTEST_SKIP() << "ptrace is not permitted here";
+    }
+};
+
 // At every system call: nothing is writable and executable, and a signal whose handler lies on a page that is
 // being changed does no harm.
-TEST(PatchTraced, NeverWritableAndExecutable) {
+TEST_F(PatchTraced, NeverWritableAndExecutable) {
     std::string found;
     int was_writable = 0, signals = 0;
     EXPECT_EQ(traced(
@@ -526,7 +541,7 @@ TEST(PatchTraced, NeverWritableAndExecutable) {
 }
 
 // Each system call of install() fails once, then each of remove().
-TEST(PatchTraced, SurvivesAnySystemCallFailing) {
+TEST_F(PatchTraced, SurvivesAnySystemCallFailing) {
     int refused = 0, attempts = 0;
     for (int failing = 0;; failing++) {
         int n = 0;
@@ -599,14 +614,14 @@ void denies_from_the_nth(bool (*denied)(const user_regs_struct&)) {
     }
 }
 
-TEST(PatchTraced, PutsBackWhenNothingMoreBecomesExecutable) {
+TEST_F(PatchTraced, PutsBackWhenNothingMoreBecomesExecutable) {
     denies_from_the_nth(makes_executable);
 }
-TEST(PatchTraced, PutsBackWhenMprotectIsDenied) {
+TEST_F(PatchTraced, PutsBackWhenMprotectIsDenied) {
     denies_from_the_nth(is_mprotect);
 }
 
-TEST(PatchTraced, SaysWhenTheProgramCannotGoOn) {
+TEST_F(PatchTraced, SaysWhenTheProgramCannotGoOn) {
     int n = 0;
     EXPECT_EQ(traced(
                   []() -> std::string {
@@ -763,7 +778,8 @@ TEST(PatchUprobe, ComeAndGoUnderCalls) {
     for (size_t round = 0; round < 40; round++) {
         const char* name = kTargets[round % kTargets.size()].name;
         Uprobe entry(name, child.pid(), false), exit(name, child.pid(), true);
-        ASSERT_TRUE(entry.attached() && exit.attached());
+        ASSERT_TRUE(entry.attached() && exit.attached())
+            << name << ": " << entry.why_not() << ", " << exit.why_not();
         usleep(500);
         hits += entry.count() + exit.count();
     }
