@@ -294,22 +294,34 @@ TEST_F(AdaptiveLockTest, ForeignSemaphorePostsAreGivenBack) {
     EXPECT_EQ(value, 3);
 }
 
-TEST(PaceTest, LearnsWhoComesStraightBack) {
+/// Two turns at a lock, the second of them alone, of which `hold_us` and `outside_us` is spent in each part.
+void two_turns(PaceLearner& learner, const void* lock, uint64_t hold_us, uint64_t outside_us) {
+    auto pass = [](uint64_t us) {
+        const uint64_t from = CycleClock::now();
+        while (CycleClock::now() - from < us * CycleClock::ticks_per_microsecond()) CycleClock::pause();
+    };
+    learner.handed_over(lock);
+    for (int turn = 0; turn < 2; turn++) {
+        pass(hold_us);
+        learner.released(lock);
+        pass(outside_us);
+        learner.acquiring(lock);
+    }
+    learner.released(lock);
+}
+
+TEST(PaceTest, IsPatientOnlyWithLocksWhoseHoldersComeStraightBack) {
     CycleClock::calibrate();
     PaceLearner learner;
     int close, far;
-    auto turn = [&](const void* lock, uint64_t outside_us) {
-        learner.acquired_contended(lock);
-        learner.released(lock);
-        const uint64_t from = CycleClock::now();
-        while (CycleClock::now() - from < outside_us * CycleClock::ticks_per_microsecond()) CycleClock::pause();
-        learner.acquiring(lock);
-    };
     EXPECT_EQ(learner.pace(&close).first, SpinPace::quick().first) << "the default must be the safe one";
-    for (int i = 0; i < 50; i++) turn(&close, 0), turn(&far, 5);
+    for (int i = 0; i < 400; i++) {
+        two_turns(learner, &close, 2, 0);
+        two_turns(learner, &far, 2, 5);
+    }
     EXPECT_EQ(learner.pace(&close).first, SpinPace::patient().first);
     EXPECT_EQ(learner.pace(&far).first, SpinPace::quick().first);
-    for (int i = 0; i < 50; i++) turn(&close, 5);
+    for (int i = 0; i < 400; i++) two_turns(learner, &close, 2, 5);
     EXPECT_EQ(learner.pace(&close).first, SpinPace::quick().first) << "and unlearns";
 }
 
