@@ -119,11 +119,12 @@ sub finish_load
 		last if time > $end;
 		usleep(20_000);
 	}
-	my $problem;
+	my ($problem, $hangs);
 	if ($load->{run}->pumpable && time > $end)
 	{
 		show_activity($load->{node});
 		$load->{run}->kill_kill(grace => 1);
+		$hangs = 1;
 		$problem = 'it did not end in time';
 	}
 	elsif (!$load->{run}->finish)
@@ -139,6 +140,8 @@ sub finish_load
 	my ($transactions) = $load->{out} =~ /number of transactions actually processed: (\d+)/;
 	$problem = 'no transaction was done' if !$problem && !$transactions;
 	ok(!$problem, $name) or diag("$problem:\n$load->{out}");
+	# Whatever came next would hang as well.
+	die "the server hangs" if $hangs;
 	return $transactions // 0;
 }
 
