@@ -39,7 +39,7 @@ uint32_t cpus() { return static_cast<uint32_t>(get_nprocs_conf()); }
 
 void publish_slot(SlotId slot) {
     own_slot = slot;
-    slot_of_backend[server::proc_number(MyProc)] = slot;
+    if (MyProc != nullptr) slot_of_backend[server::proc_number(MyProc)] = slot;
 }
 
 bool attach(Error* error) {

@@ -60,6 +60,8 @@ LockMode waiting_mode(LWLockMode mode) { return static_cast<LockMode>(mode); }
 
 // ---- the replacements ----
 
+// The result decides whether a backend moves on to another WAL insertion lock next time: it should when somebody else uses
+// this one, so a lock that was got by spinning counts as one that was slept for.
 bool acquire(LWLock* lock, LWLockMode mode) {
     ensure_room();
     HOLD_INTERRUPTS();
@@ -128,6 +130,7 @@ void release_clear_var(LWLock* lock, server::Variable* variable, uint64 value) {
 }
 
 void release_all() {
+    Waiting::abandon_spin();
     while (num_held > 0) {
         HOLD_INTERRUPTS();  // error recovery has set the count; release() must not lower it
         release(held[num_held - 1].lock);

@@ -53,6 +53,7 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
         if (MyProc == nullptr) elog(PANIC, "cannot wait without a PGPROC structure");
         return server::proc_number(MyProc);
     }
+    static void queued_already() { elog(PANIC, "queueing for lock while waiting on another one"); }
     static std::atomic_ref<uint8_t> wait_state(Waiter w) {
         return std::atomic_ref<uint8_t>(server::proc_by_number(w)->lwWaiting);
     }

@@ -281,6 +281,63 @@ TEST_F(AdaptiveLockTest, ARunOfReadersIsWokenTogether) {
     EXPECT_EQ(lock_.state & kBits.held_mask, 0u);
 }
 
+TEST_F(AdaptiveLockTest, ASpinningReaderDoesNotKeepSleepingReadersOut) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    auto sleeping = sleeper(LockMode::shared);
+    await_sleeper();
+    Seat third;
+    sem_init(&third.semaphore, 0, 0);
+    std::atomic<int> spinning_got_in{0};
+    std::thread spinning([&] {
+        sit_down(third, WaitPolicy::owner);
+        ProcessLock::acquire(lock_, LockMode::shared);
+        spinning_got_in = 1;
+        while (passed_ == 0) std::this_thread::yield();  // hangs if the sleeper has to wait for this release
+        ProcessLock::release(lock_, LockMode::shared);
+    });
+    std::this_thread::sleep_for(20ms);
+    alarm(30);
+    ProcessLock::release(lock_, LockMode::exclusive);
+    sleeping.join();
+    spinning.join();
+    alarm(0);
+    EXPECT_EQ(spinning_got_in, 1);
+}
+
+TEST_F(AdaptiveLockTest, ASpinnerThrownOutOfItsAcquireLeavesNobodyAsleep) {
+    struct ThrownOut {};
+    static thread_local int looks;
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    auto other = sleeper();
+    await_sleeper();
+    std::thread spinner([&] {
+        Seat seat;
+        sit_down(
+            seat, WaitPolicy::owner,
+            [](SlotId) {
+                if (++looks > 100) throw ThrownOut();
+                return SchedState::on_cpu;
+            },
+            kSpinnerSlot);
+        EXPECT_THROW(ProcessLock::acquire(lock_, LockMode::exclusive), ThrownOut);
+        EXPECT_TRUE(ProcessHost::state(lock_).load() & kBits.spinner);
+        ProcessHost::hint = always_on_cpu;
+        ProcessLock::release(lock_, LockMode::exclusive);  // of the other thread's hold: spared
+        std::this_thread::sleep_for(20ms);
+        EXPECT_EQ(passed_, 0);
+        ProcessLock::abandon_spin();
+    });
+    spinner.join();
+    other.join();
+    EXPECT_EQ(lock_.state, kBits.release_ok);
+}
+
+TEST_F(AdaptiveLockTest, QueueingTwiceIsNotSurvived) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    seats_[0].wait_state = static_cast<uint8_t>(WaitState::waiting);
+    EXPECT_DEATH(ProcessLock::acquire(lock_, LockMode::exclusive), "");
+}
+
 TEST_F(AdaptiveLockTest, ForeignSemaphorePostsAreGivenBack) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     for (int i = 0; i < 3; i++) sem_post(&seats_[1].semaphore);

@@ -13,6 +13,7 @@
 #include <boost/interprocess/offset_ptr.hpp>
 #include <boost/intrusive/list.hpp>
 #include <cstdint>
+#include <cstdlib>
 #include <new>
 #include <utility>
 
@@ -81,6 +82,7 @@ struct ProcessHost {
         if (auto* hook = std::exchange(before_queueing, nullptr)) hook();
         return seat;
     }
+    static void queued_already() { abort(); }
     static std::atomic_ref<uint8_t> wait_state(Waiter w) { return std::atomic_ref<uint8_t>(w->wait_state); }
     static LockMode wait_mode(Waiter w) { return w->wait_mode; }
     static void set_wait_mode(Waiter w, LockMode m) { w->wait_mode = m; }

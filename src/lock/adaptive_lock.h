@@ -13,8 +13,9 @@
  * ---------
  * Acquire, in phases:
  *   1. attempt:       take the lock if it is free.
- *   2. spin on owner: if nobody else spins here, become *the* spinner (bit `spinner`), and attempt again and again
- *                     until the owner is off its CPU or the budget is spent. One spinner keeps the line quiet.
+ *   2. spin on owner: attempt again and again until the owner is off its CPU or the budget is spent. A writer does so
+ *                     only as *the* spinner (bit `spinner`), if nobody else is: one keeps the line quiet. Readers, who
+ *                     can all enter together, spin without the bit.
  *   3. queue:         put yourself on the wait list.
  *   4. last attempt:  the lock may have been freed between 1 and 3, when nobody could know that you would sleep.
  *   5. sleep; when woken, start again at 1.
@@ -28,14 +29,14 @@
  *      - the releaser, until it has woken or seen the spinner bit;
  *      - the spinner, until it acquires (then it is a holder, whose release comes) or clears the bit and makes its last
  *        attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody whose release happens
- *        after the bit was cleared and so sees no spinner;
+ *        after the bit was cleared: that release wakes, unless the next spinner has taken the duty over;
  *      - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next attempt.
  * I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change only under
  *    `list_locked`; `has_waiters` and `until_free` describe the list whenever `list_locked` is clear.
  * I3 (bystanders). Waiters in mode until_free do not compete for the lock. Every release that frees it wakes them,
  *    spinner or not.
- * I4 (no starvation by spinners). A releaser spares wake-ups for at most Host::spare_for_ticks() of its own time in a row,
- *    and none for a spinner that the mirror shows off its CPU.
+ * I4 (no starvation by spinners). A task that releases again and again spares wake-ups for at most
+ *    Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU.
  *
  * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself (has_waiters,
  * with the list behind it) before its last attempt, and a releaser gives up before it looks at the flags, by
@@ -50,6 +51,7 @@
 #include <atomic>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "spin/spin_on_owner.h"
 
@@ -93,6 +95,7 @@ struct StateBits {
  *   wait_list(Lock&), empty_list()    WaitList& in the lock; an empty local one
  *   push_head/push_tail/erase(WaitList&, Waiter), first(WaitList&), next(WaitList&, Waiter), empty(WaitList&)
  *   self()                            this task's Waiter (may refuse: no return)
+ *   queued_already()                  this task waits in a queue already: a bug that must not go on (no return)
  *   wait_state(Waiter)                std::atomic_ref<uint8_t> holding a WaitState
  *   wait_mode(Waiter), set_wait_mode(Waiter, LockMode)      what a queued waiter waits for
  *   lock_list_contended(Lock&)        wait until list_locked looks clear
@@ -113,7 +116,7 @@ class AdaptiveLock {
     static constexpr StateBits kBits = Host::kBits;
 
   public:
-    /// Takes the lock. True if it was free at once, false if it had to be waited for.
+    /// Takes the lock. True if it was free at once, false if it had to be waited for, spinning or asleep.
     static bool acquire(Lock& lock, LockMode mode) {
         if (mode == LockMode::exclusive) Host::pace().acquiring(&lock);
         if (attempt(lock, mode)) [[likely]] {
@@ -144,7 +147,7 @@ class AdaptiveLock {
             Host::set_owner(lock);
             return true;
         }
-        sleep_until_woken(lock, mode);
+        sleep_until_woken(lock, LockMode::until_free, mode);
         return false;
     }
 
@@ -167,7 +170,7 @@ class AdaptiveLock {
                 return freed;
             }
             Host::count(lock, LockEvent::contended, 1);
-            sleep_until_woken(lock, LockMode::exclusive);
+            sleep_until_woken(lock, LockMode::until_free, LockMode::exclusive);
         }
     }
 
@@ -205,6 +208,14 @@ class AdaptiveLock {
             after_release(lock, left);
     }
 
+    /// For a task that was thrown out of an acquire (an exit in a signal handler): nobody else would clear its bit.
+    static void abandon_spin() {
+        if (spinning_for_ == nullptr) return;
+        Lock& lock = *std::exchange(spinning_for_, nullptr);
+        const uint32_t left = Host::state(lock).fetch_and(~kBits.spinner) & ~kBits.spinner;
+        if ((left & (kBits.held_mask | kBits.has_waiters)) == kBits.has_waiters) after_release(lock, left);
+    }
+
   private:
     static uint32_t hold_of(LockMode mode) { return mode == LockMode::exclusive ? kBits.exclusive : kBits.shared; }
 
@@ -233,10 +244,7 @@ class AdaptiveLock {
                 dequeue_self(lock);
                 break;
             }
-            sleep_until_woken(lock, mode);
-            // We run: the next release may wake again. Before the attempt, so that I1's duty passes on without a gap.
-            Host::state(lock).fetch_or(kBits.release_ok);
-
+            sleep_until_woken(lock, mode, mode);
             if (attempt(lock, mode)) break;
         }
         Host::set_owner(lock);
@@ -248,15 +256,19 @@ class AdaptiveLock {
     /// Phase 2. True if the lock was taken; false if the caller must queue, with the spinner bit given back.
     static bool spin(Lock& lock, LockMode mode) {
         const WaitPolicy policy = Host::policy();
-        if (policy == WaitPolicy::park || !become_spinner(lock)) return false;
+        if (policy == WaitPolicy::park) return false;
+        if (mode == LockMode::exclusive && !become_spinner(lock)) return false;
 
         const uint64_t start = CycleClock::now();
         const SpinEnd end = spin_on_owner(
-            [&] { return attempt(lock, mode, kBits.spinner); }, [&] { return Host::owner(lock); },
+            [&] { return attempt(lock, mode, mode == LockMode::exclusive ? kBits.spinner : 0); }, [&] { return Host::owner(lock); },
             [&](auto owner) { return policy == WaitPolicy::blind ? SchedState::on_cpu : Host::look(owner); },
             Host::budget(), mode == LockMode::exclusive ? Host::pace().pace(&lock) : SpinPace::quick());
-        // From here on releases wake again, and the queueing and last attempt that follow make good for those before.
-        if (end != SpinEnd::acquired) Host::state(lock).fetch_and(~kBits.spinner);
+        if (mode == LockMode::exclusive) {
+            // From here on releases wake again; the queueing and last attempt that follow make good for those before.
+            if (end != SpinEnd::acquired) Host::state(lock).fetch_and(~kBits.spinner);
+            spinning_for_ = nullptr;
+        }
 
         Host::count(lock, LockEvent::spin_ticks, CycleClock::now() - start);
         switch (end) {
@@ -274,9 +286,11 @@ class AdaptiveLock {
     }
 
     static bool become_spinner(Lock& lock) {
+        abandon_spin();  // left over from an acquire that this one interrupted
         auto state = Host::state(lock);
         if (state.load(std::memory_order_relaxed) & kBits.spinner) return false;
         if (state.fetch_or(kBits.spinner) & kBits.spinner) return false;
+        spinning_for_ = &lock;
         Host::set_spinner(lock);
         return true;
     }
@@ -296,16 +310,14 @@ class AdaptiveLock {
 
     /// I4: may the spinner be left to take the lock, with the sleepers left asleep?
     static bool may_spare_wakeup(Lock& lock) {
-        thread_local uint64_t sparing_since = 0;  // 0: the last contended release woke
         const uint64_t now = CycleClock::now();
-        if (sparing_since == 0) sparing_since = now;
-        if (now - sparing_since < Host::spare_for_ticks() && !is_off_cpu(Host::look(Host::spinner(lock)))) return true;
-        sparing_since = 0;
-        return false;
+        if (sparing_since_ == 0) sparing_since_ = now;
+        return now - sparing_since_ < Host::spare_for_ticks() && !is_off_cpu(Host::look(Host::spinner(lock)));
     }
 
     /// Wakes those at the head of the list who can go: bystanders, and one writer or the readers before it.
     static void wake_waiters(Lock& lock) {
+        sparing_since_ = 0;
         lock_list(lock);
         WaitList woken = Host::empty_list();
         WaitList& list = Host::wait_list(lock);
@@ -356,6 +368,7 @@ class AdaptiveLock {
 
     static void queue_self(Lock& lock, LockMode mode) {
         const Waiter self = Host::self();
+        if (wait_state(self) != WaitState::not_waiting) Host::queued_already();
         lock_list(lock);
         Host::set_wait_mode(self, mode);
         set_wait_state(self, WaitState::waiting);
@@ -384,10 +397,13 @@ class AdaptiveLock {
         }
     }
 
-    static void sleep_until_woken(Lock& lock, LockMode mode) {
+    /// Sleeps as a waiter queued in mode `queued`, on behalf of an acquire in `mode`.
+    static void sleep_until_woken(Lock& lock, LockMode queued, LockMode mode) {
         Host::count(lock, LockEvent::slept, 1);
         Host::sleep_begins(lock, mode);
         absorb_wakeup();
+        // We run: the next release may wake again. Before our attempt, so that I1's duty passes on without a gap.
+        if (queued != LockMode::until_free) Host::state(lock).fetch_or(kBits.release_ok);
         Host::sleep_ended(lock, mode);
     }
 
@@ -433,6 +449,9 @@ class AdaptiveLock {
             w = next;
         }
     }
+
+    static inline thread_local Lock* spinning_for_ = nullptr;    // the lock whose spinner bit is this task's
+    static inline thread_local uint64_t sparing_since_ = 0;  // 0: the last wake-up that was due was sent
 
     static WaitState wait_state(Waiter w) {
         return static_cast<WaitState>(Host::wait_state(w).load(std::memory_order_acquire));
