@@ -351,7 +351,7 @@ inline become_spinner()
 inline spin()
 {
     if
-    :: become_spinner();
+    :: mode == exclusive -> become_spinner();
         if
         :: atomic { is_free_for(mode) -> attempt(SPINNER) }
 #ifndef MUTATE_SPINNER_CLEARED_LATE
@@ -360,7 +360,8 @@ inline spin()
         :: cleared_late = true
 #endif
         fi
-    :: true /* the policy is to park, or somebody else was seen spinning */
+    :: atomic { mode == shared && is_free_for(mode) -> attempt(0) } /* a reader spins without the bit */
+    :: true /* the policy is to park, somebody else was seen spinning, or a reader's spin got nowhere */
     fi
 }
 
