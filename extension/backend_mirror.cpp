@@ -9,6 +9,7 @@
 extern "C" {
 #include "access/twophase.h"
 #include "access/xact.h"
+#include "utils/timestamp.h"
 }
 
 namespace adaptive::backend_mirror {
@@ -26,20 +27,37 @@ using namespace internal;
 
 namespace {
 
-SlotId* slot_of_backend = nullptr;  // shared memory, indexed by PGPROC number
-Source wanted = Source::off;        // what the postmaster chose at start
+// Shared by the server's processes.
+struct Shared {
+    pg_atomic_uint64 warned_at;                     // TimestampTz
+    SlotId slot_of_backend[FLEXIBLE_ARRAY_MEMBER];  // indexed by PGPROC number
+};
+
+Shared* shared = nullptr;
+Source wanted = Source::off;  // what the postmaster chose at start
 char not_bpf_reason[sizeof(Error::text)];
+Error no_slot = {};     // why this process has none; empty: said already, or it has one
 uint64_t next_try = 0;  // CycleClock
 
-int backends() { return MaxBackends + NUM_AUXILIARY_PROCS + max_prepared_xacts; }
+int backends() {
+    return MaxBackends + NUM_AUXILIARY_PROCS + max_prepared_xacts;
+}
 
 // The rseq source's slots are PGPROC numbers + 1, and 0 is nobody.
-uint32_t rseq_slots() { return Min(static_cast<uint32_t>(backends()) + 1, SCHED_MIRROR_MAX_SLOTS); }
-uint32_t cpus() { return static_cast<uint32_t>(get_nprocs_conf()); }
+uint32_t rseq_slots() {
+    return Min(static_cast<uint32_t>(backends()) + 1, SCHED_MIRROR_MAX_SLOTS);
+}
+uint32_t cpus() {
+    return static_cast<uint32_t>(get_nprocs_conf());
+}
+
+size_t shared_bytes() {
+    return offsetof(Shared, slot_of_backend) + sizeof(SlotId) * static_cast<size_t>(backends());
+}
 
 void publish_slot(SlotId slot) {
     own_slot = slot;
-    if (MyProc != nullptr) slot_of_backend[server::proc_number(MyProc)] = slot;
+    if (MyProc != nullptr) shared->slot_of_backend[server::proc_number(MyProc)] = slot;
 }
 
 bool attach(Error* error) {
@@ -48,8 +66,8 @@ bool attach(Error* error) {
             return task.attach(mirror, error);
         case Source::rseq: {
             const uint32_t slot = static_cast<uint32_t>(server::proc_number(MyProc)) + 1;
-            return slot < rseq_slots() && task.attach_rseq(mirror, static_cast<SlotId>(slot),
-                                                           &MyProc->wait_event_info, error);
+            return slot < rseq_slots() &&
+                   task.attach_rseq(mirror, static_cast<SlotId>(slot), &MyProc->wait_event_info, error);
         }
         case Source::off:
             break;
@@ -78,7 +96,8 @@ void open_mirror_in_shmem(void* rseq_table) {
     }
     if (setting == rseq || setting == automatic) {
         Mirror::rseq_format(rseq_table, rseq_slots(), cpus());
-        if (mirror.open_rseq(rseq_table, &error, ProcGlobal->allProcs, sizeof(PGPROC) * ProcGlobal->allProcCount))
+        if (mirror.open_rseq(rseq_table, &error, ProcGlobal->allProcs,
+                             sizeof(PGPROC) * ProcGlobal->allProcCount))
             wanted = Source::rseq;
         else
             ereport(WARNING, (errmsg("adaptive_lwlock: source rseq is not available: %s", error.text)));
@@ -92,32 +111,53 @@ void try_again() {
     if (now < next_try) return;
     next_try = now + 1'000'000 * CycleClock::ticks_per_microsecond();
 
-    Error error;
     if (!mirror.active()) {
+        Error error;
         task.detach();
         mirror.close();
-        if (!mirror.open_bpf(kMirrorDir, &error)) return;
+        if (!mirror.open_bpf(kMirrorDir, &error)) {
+            strlcpy(not_bpf_reason, error.text, sizeof(not_bpf_reason));
+            return;
+        }
+        not_bpf_reason[0] = '\0';
     }
-    if (task.attach(mirror, &error)) publish_slot(task.slot());
+    if (task.attach(mirror, &no_slot)) publish_slot(task.slot());
+}
+
+/// Attaching happens inside a lock acquire, where nothing can be logged. Once a minute for all processes.
+void report_missing_slot() {
+    if (no_slot.text[0] == '\0' || own_slot != 0) return;
+    const TimestampTz now = GetCurrentTimestamp();
+    uint64 warned_at = pg_atomic_read_u64(&shared->warned_at);
+    if (now - static_cast<TimestampTz>(warned_at) > USECS_PER_MINUTE &&
+        pg_atomic_compare_exchange_u64(&shared->warned_at, &warned_at, static_cast<uint64>(now)))
+        ereport(
+            LOG,
+            (errmsg(
+                 "adaptive_lwlock: this process runs without a slot in the mirror, and those who wait for it "
+                 "spin only briefly"),
+             errdetail("%s", no_slot.text)));
+    no_slot.text[0] = '\0';
 }
 
 void at_transaction_end(XactEvent event, void*) {
-    if (event == XACT_EVENT_COMMIT || event == XACT_EVENT_ABORT) try_again();
+    if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT) return;
+    try_again();
+    report_missing_slot();
 }
 
 void child_after_fork() {
     task.reset_after_fork();
     own_slot = 0;
     settled = false;
+    no_slot.text[0] = '\0';
     next_try = 0;
 }
 
 }  // namespace
 
 size_t shmem_bytes() {
-    return add_size(add_size(sizeof(Spinner) * kSpinners, sizeof(SlotId) * static_cast<size_t>(backends())),
-                    Mirror::rseq_bytes(rseq_slots(), cpus())) +
-           3 * 128;
+    return sizeof(Spinner) * kSpinners + shared_bytes() + Mirror::rseq_bytes(rseq_slots(), cpus()) + 3 * 128;
 }
 
 void shmem_startup() {
@@ -125,9 +165,9 @@ void shmem_startup() {
     spinners = static_cast<Spinner*>(
         ShmemInitStruct("adaptive_lwlock spinners", sizeof(Spinner) * kSpinners, &found));
     MemSet(spinners, 0, sizeof(Spinner) * kSpinners);
-    const size_t bytes = sizeof(SlotId) * static_cast<size_t>(backends());
-    slot_of_backend = static_cast<SlotId*>(ShmemInitStruct("adaptive_lwlock slots", bytes, &found));
-    MemSet(slot_of_backend, 0, bytes);
+    shared = static_cast<Shared*>(ShmemInitStruct("adaptive_lwlock slots", shared_bytes(), &found));
+    MemSet(shared, 0, shared_bytes());
+    pg_atomic_init_u64(&shared->warned_at, 0);
     open_mirror_in_shmem(
         ShmemInitStruct("adaptive_lwlock rseq mirror", Mirror::rseq_bytes(rseq_slots(), cpus()), &found));
 }
@@ -144,7 +184,7 @@ Status status() {
         reason = "the kernel side was unloaded; load it again with: schedmirror load";
     else if (mirror.source() != Source::bpf && not_bpf_reason[0] != '\0')
         reason = not_bpf_reason;
-    return {.source = !running                             ? "off"
+    return {.source = !running                         ? "off"
                       : mirror.source() == Source::bpf ? "bpf"
                                                        : "rseq",
             .source_reason = reason,
@@ -153,22 +193,21 @@ Status status() {
 }
 
 BackendSlot of_backend(int proc_number) {
-    const SlotId slot = slot_of_backend[proc_number];
+    const SlotId slot = shared->slot_of_backend[proc_number];
     return {.slot = slot, .info = mirror.info(slot)};
 }
 
 namespace internal {
 
 void attach_first_time() {
-    // The postmaster sets shared memory up without a PGPROC; its children get theirs before they take any lock that
-    // they could have to wait for.
-    if (MyProc == nullptr || slot_of_backend == nullptr) return;
+    // The postmaster sets shared memory up without a PGPROC; its children get theirs before they take any
+    // lock that they could have to wait for.
+    if (MyProc == nullptr || shared == nullptr) return;
     settled = true;
     publish_slot(0);
     if (mirror.source() == Source::off) return;
     if (mirror.source() == Source::bpf && !mirror.active()) return try_again();
-    Error error;
-    if (attach(&error)) publish_slot(task.slot());
+    if (attach(&no_slot)) publish_slot(task.slot());
 }
 
 void lost() {

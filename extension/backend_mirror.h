@@ -1,11 +1,12 @@
 #pragma once
 /*
- * This server's use of the mirror: which source keeps it, this process's own slot in it, and the owner-to-slot tables.
+ * This server's use of the mirror: which source keeps it, this process's own slot in it, and the
+ * owner-to-slot tables.
  *
- * Every process attaches at the first lock it acquires with a PGPROC of its own; the kernel (bpf) or the next process
- * with the same PGPROC (rseq) takes the slot back. When the mirror is unloaded the process notices, goes on without a
- * slot (owners are unknown then, and spins short), and attaches again once the mirror is back: it looks at the end of a
- * transaction and after sleeps, at most once a second.
+ * Every process attaches at the first lock it acquires with a PGPROC of its own; the kernel (bpf) or the next
+ * process with the same PGPROC (rseq) takes the slot back. When the mirror is unloaded the process notices,
+ * goes on without a slot (owners are unknown then, and spins short), and attaches again once the mirror is
+ * back: it looks at the end of a transaction and after sleeps, at most once a second.
  */
 
 #include <atomic>
@@ -48,7 +49,7 @@ struct alignas(64) Spinner {
 };
 constexpr size_t kSpinners = 256;
 extern Spinner* spinners;
-}  // namespace internal
+}  // namespace gnu::visibility("hidden")]]internal
 
 // ---- hot paths ----
 
@@ -60,15 +61,21 @@ inline void note_running() {
         internal::lost();
 }
 
-inline SlotId slot() { return internal::own_slot; }
+inline SlotId slot() {
+    return internal::own_slot;
+}
 
-inline SchedState look(SlotId slot) { return internal::mirror.look(slot); }
+inline SchedState look(SlotId slot) {
+    return internal::mirror.look(slot);
+}
 
 /// This process has slept for a lock and runs again.
-inline void note_slept() { internal::after_sleep(); }
+inline void note_slept() {
+    internal::after_sleep();
+}
 
-/// The slot of whoever spins for the lock at this address. Locks share entries, and a lock in dynamic shared memory has
-/// another address in every process: like everything about the mirror it is a hint.
+/// The slot of whoever spins for the lock at this address. Locks share entries, and a lock in dynamic shared
+/// memory has another address in every process: like everything about the mirror it is a hint.
 inline std::atomic_ref<SlotId> spinner_of(const void* lock) {
     const uint64_t hash = reinterpret_cast<uint64_t>(lock) * 0x9E3779B97F4A7C15u;
     return std::atomic_ref<SlotId>(internal::spinners[hash >> 56].slot);

@@ -1,8 +1,10 @@
 /*
- * The public functions of the server's lwlock.c that touch a lock's state or the list of locks held, on AdaptiveLock.
+ * The public functions of the server's lwlock.c that touch a lock's state or the list of locks held, on
+ * AdaptiveLock.
  *
- * The server keeps its list of held locks to itself, so all of these functions are replaced together and this list is
- * the only one in use. Arguments, results, errors, interrupt holdoff and probes are those of the server.
+ * The server keeps its list of held locks to itself, so all of these functions are replaced together and this
+ * list is the only one in use. Arguments, results, errors, interrupt holdoff and probes are those of the
+ * server.
  */
 
 #include "lwlock_api.h"
@@ -42,7 +44,9 @@ void ensure_room() {
     if (num_held >= kMostHeld) elog(ERROR, "too many LWLocks taken");
 }
 
-void remember(LWLock* lock, LWLockMode mode) { held[num_held++] = {lock, mode}; }
+void remember(LWLock* lock, LWLockMode mode) {
+    held[num_held++] = {lock, mode};
+}
 
 /// Takes the lock off the list and says how it was held. Most often it is the last one taken.
 LWLockMode forget(LWLock* lock) {
@@ -56,12 +60,14 @@ LWLockMode forget(LWLock* lock) {
     return mode;
 }
 
-LockMode waiting_mode(LWLockMode mode) { return static_cast<LockMode>(mode); }
+LockMode waiting_mode(LWLockMode mode) {
+    return static_cast<LockMode>(mode);
+}
 
 // ---- the replacements ----
 
-// The result decides whether a backend moves on to another WAL insertion lock next time: it should when somebody else uses
-// this one, so a lock that was got by spinning counts as one that was slept for.
+// The result decides whether a backend moves on to another WAL insertion lock next time: it should when
+// somebody else uses this one, so a lock that was got by spinning counts as one that was slept for.
 bool acquire(LWLock* lock, LWLockMode mode) {
     ensure_room();
     HOLD_INTERRUPTS();
@@ -187,6 +193,8 @@ const patch::Replacement kReplacements[kFunctions] = {
     REPLACE(LWLockHeldByMeInMode, held_by_me_in_mode, 2),
 };
 
-int held_count() { return num_held; }
+int held_count() {
+    return num_held;
+}
 
 }  // namespace adaptive::lwlock_api

@@ -1,10 +1,12 @@
 #pragma once
 /*
- * What a lock, a waiter and sleeping are in a PostgreSQL server: the Host of AdaptiveLock over LWLock and PGPROC.
+ * What a lock, a waiter and sleeping are in a PostgreSQL server: the Host of AdaptiveLock over LWLock and
+ * PGPROC.
  *
- * Everything stays where the server keeps it: the state word and the wait list in the LWLock, the wait state in the
- * PGPROC, the sleeps on its semaphore. New are only the owner's slot number, in the hole of the LWLock, two bits of
- * its state word that the server leaves alone, and the spinner's slot number, in a table beside.
+ * Everything stays where the server keeps it: the state word and the wait list in the LWLock, the wait state
+ * in the PGPROC, the sleeps on its semaphore. New are only the owner's slot number, in the hole of the
+ * LWLock, two bits of its state word that the server leaves alone, and the spinner's slot number, in a table
+ * beside.
  */
 
 #include <atomic>
@@ -29,31 +31,48 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
     static constexpr Waiter kNobody = server::kNobody;
     static constexpr StateBits kBits = server::kLockBits;
 
-    static std::atomic_ref<uint32_t> state(LWLock& lock) {
+    static std::atomic_ref<uint32_t> state(LWLock & lock) {
         return std::atomic_ref<uint32_t>(const_cast<uint32&>(lock.state.value));
     }
 
     // ---- wait list ----
-    static WaitList& wait_list(LWLock& lock) { return lock.waiters; }
+    static WaitList& wait_list(LWLock & lock) {
+        return lock.waiters;
+    }
     static WaitList empty_list() {
         WaitList list;
         proclist_init(&list);
         return list;
     }
-    static bool empty(WaitList& list) { return proclist_is_empty(&list); }
-    static void push_head(WaitList& list, Waiter w) { proclist_push_head_offset(&list, w, kLink); }
-    static void push_tail(WaitList& list, Waiter w) { proclist_push_tail_offset(&list, w, kLink); }
-    static void erase(WaitList& list, Waiter w) { proclist_delete_offset(&list, w, kLink); }
-    static Waiter first(WaitList& list) { return list.head; }
-    static Waiter next(WaitList&, Waiter w) { return proclist_node_get(w, kLink)->next; }
+    static bool empty(WaitList & list) {
+        return proclist_is_empty(&list);
+    }
+    static void push_head(WaitList & list, Waiter w) {
+        proclist_push_head_offset(&list, w, kLink);
+    }
+    static void push_tail(WaitList & list, Waiter w) {
+        proclist_push_tail_offset(&list, w, kLink);
+    }
+    static void erase(WaitList & list, Waiter w) {
+        proclist_delete_offset(&list, w, kLink);
+    }
+    static Waiter first(WaitList & list) {
+        return list.head;
+    }
+    static Waiter next(WaitList&, Waiter w) {
+        return proclist_node_get(w, kLink)->next;
+    }
 
     // ---- waiters ----
     static Waiter self() {
-        // There is nothing to sleep on. Only shared memory initialization runs without a PGPROC, and it is alone.
+        // There is nothing to sleep on. Only shared memory initialization runs without a PGPROC, and it is
+        // alone.
         if (MyProc == nullptr) elog(PANIC, "cannot wait without a PGPROC structure");
         return server::proc_number(MyProc);
     }
-    static void queued_already() { elog(PANIC, "queueing for lock while waiting on another one"); }
+    static void queued_already() {
+        elog(PANIC, "queueing for lock while waiting on another one");
+    }
     static std::atomic_ref<uint8_t> wait_state(Waiter w) {
         return std::atomic_ref<uint8_t>(server::proc_by_number(w)->lwWaiting);
     }
@@ -65,18 +84,22 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
     }
 
     // ---- sleeping ----
-    static void sleep() { PGSemaphoreLock(MyProc->sem); }
-    static void wake(Waiter w) { PGSemaphoreUnlock(server::proc_by_number(w)->sem); }
-    static void sleep_begins(LWLock& lock, LockMode mode) {
+    static void sleep() {
+        PGSemaphoreLock(MyProc->sem);
+    }
+    static void wake(Waiter w) {
+        PGSemaphoreUnlock(server::proc_by_number(w)->sem);
+    }
+    static void sleep_begins(LWLock & lock, LockMode mode) {
         pgstat_report_wait_start(PG_WAIT_LWLOCK | lock.tranche);
         probe::wait_start(lock, mode);
     }
-    static void sleep_ended(LWLock& lock, LockMode mode) {
+    static void sleep_ended(LWLock & lock, LockMode mode) {
         probe::wait_done(lock, mode);
         pgstat_report_wait_end();
         backend_mirror::note_slept();
     }
-    static void lock_list_contended(LWLock& lock) {
+    static void lock_list_contended(LWLock & lock) {
         SpinDelayStatus delay;
         init_local_spin_delay(&delay);
         while (state(lock).load(std::memory_order_relaxed) & kBits.list_locked) perform_spin_delay(&delay);
@@ -84,29 +107,45 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
     }
 
     // ---- spinning ----
-    static WaitPolicy policy() { return settings::policy(); }
-    static SpinBudget budget() { return settings::spin_budget(); }
-    static uint64_t spare_for_ticks() { return settings::kSpareForMicroseconds * CycleClock::ticks_per_microsecond(); }
+    static WaitPolicy policy() {
+        return settings::policy();
+    }
+    static SpinBudget budget() {
+        return settings::spin_budget();
+    }
+    static uint64_t spare_for_ticks() {
+        return settings::kSpareForMicroseconds * CycleClock::ticks_per_microsecond();
+    }
 
-    static PaceLearner& pace() { return pace_; }
+    static PaceLearner& pace() {
+        return pace_;
+    }
 
-    static void set_owner(LWLock& lock) { owner_of(lock).store(backend_mirror::slot(), std::memory_order_relaxed); }
-    static SlotId owner(LWLock& lock) { return owner_of(lock).load(std::memory_order_relaxed); }
-    static void set_spinner(LWLock& lock) {
+    static void set_owner(LWLock & lock) {
+        owner_of(lock).store(backend_mirror::slot(), std::memory_order_relaxed);
+    }
+    static SlotId owner(LWLock & lock) {
+        return owner_of(lock).load(std::memory_order_relaxed);
+    }
+    static void set_spinner(LWLock & lock) {
         backend_mirror::spinner_of(&lock).store(backend_mirror::slot(), std::memory_order_relaxed);
     }
-    static SlotId spinner(LWLock& lock) {
+    static SlotId spinner(LWLock & lock) {
         return backend_mirror::spinner_of(&lock).load(std::memory_order_relaxed);
     }
-    static SchedState look(SlotId slot) { return backend_mirror::look(slot); }
+    static SchedState look(SlotId slot) {
+        return backend_mirror::look(slot);
+    }
 
-    static void count(LWLock& lock, LockEvent event, uint64_t n) { stats::count(lock.tranche, event, n); }
+    static void count(LWLock & lock, LockEvent event, uint64_t n) {
+        stats::count(lock.tranche, event, n);
+    }
 
   private:
     static inline PaceLearner pace_;
     static constexpr size_t kLink = offsetof(PGPROC, lwWaitLink);
 
-    static std::atomic_ref<SlotId> owner_of(LWLock& lock) {
+    static std::atomic_ref<SlotId> owner_of(LWLock & lock) {
         return std::atomic_ref<SlotId>(
             *reinterpret_cast<SlotId*>(reinterpret_cast<char*>(&lock) + server::kOwnerOffset));
     }

@@ -2,8 +2,8 @@
 /*
  * The server's static probes, postgresql:lwlock__*, fired from the replacement with the server's arguments.
  *
- * They live in this module, so a tracer attaches to adaptive_lwlock.so under the same provider and names. Each is
- * guarded by a semaphore that the tracer raises; without one a probe costs a load and a branch.
+ * They live in this module, so a tracer attaches to adaptive_lwlock.so under the same provider and names.
+ * Each is guarded by a semaphore that the tracer raises; without one a probe costs a load and a branch.
  */
 
 #include <sys/sdt.h>  // ahead of probes.h: it has templates, which must not be declared as C
@@ -16,7 +16,9 @@ extern "C" {
 
 namespace adaptive::probe {
 
-inline const char* tranche_name(const LWLock& lock) { return GetLWLockIdentifier(PG_WAIT_LWLOCK, lock.tranche); }
+inline const char* tranche_name(const LWLock& lock) {
+    return GetLWLockIdentifier(PG_WAIT_LWLOCK, lock.tranche);
+}
 
 inline void acquired(const LWLock& lock, LWLockMode mode) {
     if (TRACE_POSTGRESQL_LWLOCK_ACQUIRE_ENABLED()) TRACE_POSTGRESQL_LWLOCK_ACQUIRE(tranche_name(lock), mode);

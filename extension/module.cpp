@@ -1,8 +1,8 @@
 /*
  * Entry point: puts the replacement in place when the postmaster starts, and makes sure that it works.
  *
- * An optimization never keeps a database from starting: whatever is not as expected leaves the server with its own
- * functions, and is said in the log and in adaptive_lwlock_status().
+ * An optimization never keeps a database from starting: whatever is not as expected leaves the server with
+ * its own functions, and is said in the log and in adaptive_lwlock_status().
  */
 
 #include "module.h"
@@ -38,13 +38,12 @@ void request_shmem() {
     RequestAddinShmemSpace(backend_mirror::shmem_bytes());
 }
 
-/// One lock that the server itself takes and releases, from a file other than lwlock.c. Counts on nothing but the
-/// owner's slot number, which only the replacement stores.
+/// One lock that the server itself takes and releases, from a file other than lwlock.c. Counts on nothing but
+/// the owner's slot number, which only the replacement stores.
 bool server_calls_replacement() {
     constexpr SlotId kMark = 0xFFFF;
     LWLock* const lock = ShmemIndexLock;
-    auto* owner =
-        reinterpret_cast<volatile SlotId*>(reinterpret_cast<char*>(lock) + server::kOwnerOffset);
+    auto* owner = reinterpret_cast<volatile SlotId*>(reinterpret_cast<char*>(lock) + server::kOwnerOffset);
     volatile bool raised = false;
 
     *owner = 0;
@@ -56,7 +55,8 @@ bool server_calls_replacement() {
     }
     PG_CATCH();
     {
-        // Some calls reach the replacement and some the server's own function, which then misses the lock in its list.
+        // Some calls reach the replacement and some the server's own function, which then misses the lock in
+        // its list.
         FlushErrorState();
         raised = true;
     }
@@ -77,7 +77,8 @@ void back_to_stock() {
 }
 
 void replace_functions() {
-    static bool installed = false;  // shared memory is set up again after a crash; the code pages stay as they are
+    static bool installed =
+        false;  // shared memory is set up again after a crash; the code pages stay as they are
     if (!installed) {
         const patch::Result result = patch::install(lwlock_api::kReplacements, lwlock_api::kFunctions);
         if (!result.ok) {
@@ -91,7 +92,8 @@ void replace_functions() {
     if (!server_calls_replacement()) {
         back_to_stock();
         strlcpy(reason,
-                "the server does not call its LWLock functions where this module replaced them (a build with link-time "
+                "the server does not call its LWLock functions where this module replaced them (a build with "
+                "link-time "
                 "optimization?)",
                 sizeof(reason));
         installed = false;
@@ -110,22 +112,27 @@ void startup_shmem() {
 
     const backend_mirror::Status mirror = backend_mirror::status();
     if (!active)
-        ereport(WARNING, (errmsg("adaptive_lwlock is not active, the server waits for LWLocks in its own way"),
-                          errdetail("%s", reason)));
+        ereport(WARNING,
+                (errmsg("adaptive_lwlock is not active, the server waits for LWLocks in its own way"),
+                 errdetail("%s", reason)));
     else if (mirror.source_reason != nullptr)
-        ereport(LOG, (errmsg("adaptive_lwlock is active: %d functions replaced, source \"%s\"", functions_replaced,
-                             mirror.source),
+        ereport(LOG, (errmsg("adaptive_lwlock is active: %d functions replaced, source \"%s\"",
+                             functions_replaced, mirror.source),
                       errdetail("Not bpf: %s", mirror.source_reason)));
     else
-        ereport(LOG, (errmsg("adaptive_lwlock is active: %d functions replaced, source \"%s\"", functions_replaced,
-                             mirror.source)));
+        ereport(LOG, (errmsg("adaptive_lwlock is active: %d functions replaced, source \"%s\"",
+                             functions_replaced, mirror.source)));
 }
 
 }  // namespace
 
-Status status() { return {active, active ? nullptr : reason, functions_replaced}; }
+Status status() {
+    return {active, active ? nullptr : reason, functions_replaced};
+}
 
-bool preloaded() { return loaded_by_postmaster; }
+bool preloaded() {
+    return loaded_by_postmaster;
+}
 
 }  // namespace adaptive::module
 

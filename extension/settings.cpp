@@ -28,18 +28,19 @@ void define() {
                              "owner: spin as long as the lock's owner is on a CPU, else sleep. "
                              "blind: spin for max_spin without looking at the owner, then sleep. "
                              "park: sleep at once, as the server does without this module.",
-                             &mode, static_cast<int>(WaitPolicy::owner), kModes, PGC_SUSET, 0, nullptr, nullptr,
-                             nullptr);
-    DefineCustomIntVariable("adaptive_lwlock.max_spin",
-                            "Longest time, in microseconds, that a backend spins for an LWLock before it sleeps.",
-                            "In mode owner, a backend whose lock's owner leaves its CPU stops earlier.", &max_spin, 200,
-                            0, 100000, PGC_SUSET, 0, nullptr, nullptr, nullptr);
-    DefineCustomEnumVariable("adaptive_lwlock.sched_state",
-                             "What keeps the mirror of the backends' scheduling states.",
-                             "bpf: the kernel, after \"schedmirror load\". rseq: the backends themselves, less exact. "
-                             "auto: bpf if it is there, else rseq. off: nothing.",
-                             &sched_state, static_cast<int>(SchedStateSource::automatic), kSources, PGC_POSTMASTER, 0,
-                             nullptr, nullptr, nullptr);
+                             &mode, static_cast<int>(WaitPolicy::owner), kModes, PGC_SUSET, 0, nullptr,
+                             nullptr, nullptr);
+    DefineCustomIntVariable(
+        "adaptive_lwlock.max_spin",
+        "Longest time, in microseconds, that a backend spins for an LWLock before it sleeps.",
+        "In mode owner, a backend whose lock's owner leaves its CPU stops earlier.", &max_spin, 200, 0,
+        100000, PGC_SUSET, 0, nullptr, nullptr, nullptr);
+    DefineCustomEnumVariable(
+        "adaptive_lwlock.sched_state", "What keeps the mirror of the backends' scheduling states.",
+        "bpf: the kernel, after \"schedmirror load\". rseq: the backends themselves, less exact. "
+        "auto: bpf if it is there, else rseq. off: nothing.",
+        &sched_state, static_cast<int>(SchedStateSource::automatic), kSources, PGC_POSTMASTER, 0, nullptr,
+        nullptr, nullptr);
     MarkGUCPrefixReserved("adaptive_lwlock");
 }
 

@@ -13,16 +13,18 @@ enum class SchedStateSource : int { automatic, bpf, rseq, off };
 void define();
 
 // What the settings say; the variables are the server's to write.
-extern int mode;           // a WaitPolicy
-extern int max_spin;       // microseconds
-extern int sched_state;    // a SchedStateSource
+extern int mode;         // a WaitPolicy
+extern int max_spin;     // microseconds
+extern int sched_state;  // a SchedStateSource
 
 // Nothing is known of this owner: spin as briefly as a wake-up would take, whatever max_spin allows.
 constexpr int kUnwatchedSpinMicroseconds = 20;
 // A sleeper is passed over in favour of spinners for at most this long by one releaser.
 constexpr int kSpareForMicroseconds = 1000;
 
-inline WaitPolicy policy() { return static_cast<WaitPolicy>(mode); }
+inline WaitPolicy policy() {
+    return static_cast<WaitPolicy>(mode);
+}
 
 inline SpinBudget spin_budget() {
     const uint64_t ticks = CycleClock::ticks_per_microsecond();

@@ -6,6 +6,10 @@
 #include "settings.h"
 #include "stats.h"
 
+extern "C" {
+#include "storage/procarray.h"
+}
+
 using namespace adaptive;
 
 extern "C" {
@@ -99,9 +103,9 @@ Datum pg_stat_adaptive_lwlock(PG_FUNCTION_ARGS) {
         row.add_text(tranche == stats::kOtherTranches
                          ? "(other)"
                          : GetLWLockIdentifier(PG_WAIT_LWLOCK, static_cast<uint16>(tranche)));
-        for (LockEvent e : {LockEvent::contended, LockEvent::spin_acquired, LockEvent::owner_off_cpu,
-                            LockEvent::budget_spent, LockEvent::slept, LockEvent::wakeup_sent,
-                            LockEvent::wakeup_spared})
+        for (LockEvent e :
+             {LockEvent::contended, LockEvent::spin_acquired, LockEvent::owner_off_cpu,
+              LockEvent::budget_spent, LockEvent::slept, LockEvent::wakeup_sent, LockEvent::wakeup_spared})
             row.add(Int64GetDatum(static_cast<int64>(totals[e])));
         row.add(Float8GetDatum(static_cast<double>(totals[LockEvent::spin_ticks]) /
                                static_cast<double>(CycleClock::ticks_per_microsecond()) / 1000.0));
@@ -123,13 +127,17 @@ Datum adaptive_lwlock_backends(PG_FUNCTION_ARGS) {
     ReturnSetInfo* result = reinterpret_cast<ReturnSetInfo*>(fcinfo->resultinfo);
 
     for (uint32 i = 0; i < ProcGlobal->allProcCount; i++) {
-        const int pid = ProcGlobal->allProcs[i].pid;
-        if (pid == 0) continue;  // nobody, or a prepared transaction
+        PGPROC* proc = &ProcGlobal->allProcs[i];
+        const int pid = proc->pid;
+        // Prepared transactions have none, and processes that have ended leave theirs behind.
+        if (pid == 0 || (BackendPidGetProc(pid) != proc && AuxiliaryPidGetProc(pid) != proc)) continue;
         const backend_mirror::BackendSlot backend = backend_mirror::of_backend(static_cast<int>(i));
 
         Row<5> row;
         row.add(Int32GetDatum(pid));
-        if (backend.slot == 0) {
+        // The slot may be one in a mirror that has been unloaded since, where the number means somebody else
+        // now.
+        if (backend.slot == 0 || backend.info.claimant != static_cast<uint32_t>(pid)) {
             row.add_null();
             row.add_text(state_name(SchedState::unknown));
             row.add_null();

@@ -32,7 +32,9 @@ int tables() {
 
 }  // namespace
 
-size_t shmem_bytes() { return sizeof(PerCpu) * tables(); }
+size_t shmem_bytes() {
+    return sizeof(PerCpu) * tables();
+}
 
 void shmem_startup() {
     bool found;

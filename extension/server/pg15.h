@@ -18,13 +18,22 @@ constexpr StateBits kLockBits = {
     .held_mask = (1u << 25) - 1,
 };
 
-/// A variable guarded by an LWLock. Reads and writes are atomic because they are made with the wait list locked.
+/// A variable guarded by an LWLock. Reads and writes are atomic because they are made with the wait list
+/// locked.
 using Variable = uint64;
-inline uint64 read(const Variable* v) { return *const_cast<const volatile uint64*>(v); }
-inline void write(Variable* v, uint64 value) { *const_cast<volatile uint64*>(v) = value; }
+inline uint64 read(const Variable* v) {
+    return *const_cast<const volatile uint64*>(v);
+}
+inline void write(Variable* v, uint64 value) {
+    *const_cast<volatile uint64*>(v) = value;
+}
 
 constexpr int kNobody = INVALID_PGPROCNO;
-inline int proc_number(const PGPROC* proc) { return proc->pgprocno; }
-inline PGPROC* proc_by_number(int number) { return GetPGProcByNumber(number); }
+inline int proc_number(const PGPROC* proc) {
+    return proc->pgprocno;
+}
+inline PGPROC* proc_by_number(int number) {
+    return GetPGProcByNumber(number);
+}
 
 }  // namespace adaptive::server

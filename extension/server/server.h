@@ -6,7 +6,8 @@
  *   kMajorVersion, kLockBits            the major version; the bits of LWLock.state
  *   Variable                            what LWLockWaitForVar() and friends watch, with read()/write()
  *   kNobody, proc_number(), proc_by_number()    how the wait list names a PGPROC
- * Whoever supports a new major version writes such a header and lists it here; nothing else asks for the version.
+ * Whoever supports a new major version writes such a header and lists it here; nothing else asks for the
+ * version.
  */
 
 extern "C" {

@@ -16,7 +16,7 @@
  * An inline here is the function of the same name there, and a step is one atomic operation on the state word, a wait
  * state or a semaphore. Only these are drawn together into one step:
  *   - A compare-exchange loop: only its last round has an effect. And with it whatever only looks: an attempt that
- *     finds the lock taken, the relaxed look in become_spinner(), the spinner's looks at the lock and its owner.
+ *     finds the lock taken, the looks in become_spinner(), the spinner's looks at the lock and its owner.
  *   - unlock_list() and what was done with the list locked. That touches the list, the wait modes, and the wait states
  *     waiting and removed, which nobody else reads or writes without the list lock; only absorb_wakeup() reads a wait
  *     state without it, and asks for not_waiting alone.
@@ -344,7 +344,7 @@ inline attempt(clear)
 
 inline become_spinner()
 {
-    d_step { !(state & SPINNER) -> state = state | SPINNER }
+    state = state | SPINNER /* if it was set, the mirror has shown that spinner off its CPU */
 }
 
 /* `got` is false on entry. */
@@ -361,7 +361,7 @@ inline spin()
 #endif
         fi
     :: atomic { mode == shared && is_free_for(mode) -> attempt(0) } /* a reader spins without the bit */
-    :: true /* the policy is to park, somebody else was seen spinning, or a reader's spin got nowhere */
+    :: true /* the policy is to park, somebody else spins, or a reader's spin got nowhere */
     fi
 }
 

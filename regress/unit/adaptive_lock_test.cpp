@@ -19,10 +19,16 @@ using namespace std::chrono_literals;
 constexpr auto kBits = ProcessHost::kBits;
 constexpr SlotId kOwnerSlot = 7, kSpinnerSlot = 8;
 
-uint64_t counted(LockEvent e) { return ProcessHost::counts[static_cast<int>(e)]; }
+uint64_t counted(LockEvent e) {
+    return ProcessHost::counts[static_cast<int>(e)];
+}
 
-SchedState always_on_cpu(SlotId) { return SchedState::on_cpu; }
-SchedState always_blocked(SlotId) { return SchedState::blocked; }
+SchedState always_on_cpu(SlotId) {
+    return SchedState::on_cpu;
+}
+SchedState always_blocked(SlotId) {
+    return SchedState::blocked;
+}
 
 /// Makes the calling thread a task: a seat, a policy, a mirror, counters at zero.
 void sit_down(Seat& seat, WaitPolicy policy = WaitPolicy::park, SchedState (*hint)(SlotId) = always_on_cpu,
@@ -60,7 +66,8 @@ class AdaptiveLockTest : public ::testing::Test {
     void await_bits(uint32_t bits) {
         while ((ProcessHost::state(lock_).load() & bits) != bits) std::this_thread::yield();
     }
-    /// Queued, and past its last attempt for all a scheduler can do: the wait for the semaphore follows at once.
+    /// Queued, and past its last attempt for all a scheduler can do: the wait for the semaphore follows at
+    /// once.
     void await_sleeper() {
         await_bits(kBits.has_waiters);
         std::this_thread::sleep_for(20ms);
@@ -152,8 +159,9 @@ TEST_F(AdaptiveLockTest, AnUnknownOwnerIsSpunForBriefly) {
     ProcessHost::spin_microseconds = 1'000'000;  // a fifth of it while nothing is known
     ProcessLock::acquire(lock_, LockMode::exclusive);
     uint64_t ticks = 0;
-    auto other = acquirer(LockMode::exclusive, WaitPolicy::owner, [](SlotId) { return SchedState::unknown; },
-                          [&] { ticks = counted(LockEvent::spin_ticks); });
+    auto other = acquirer(
+        LockMode::exclusive, WaitPolicy::owner, [](SlotId) { return SchedState::unknown; },
+        [&] { ticks = counted(LockEvent::spin_ticks); });
     await_sleeper();
     ProcessLock::release(lock_, LockMode::exclusive);
     other.join();
@@ -186,7 +194,8 @@ TEST_F(AdaptiveLockTest, SparesTheWakeUpForASpinnerAndOwesItAfterwards) {
     EXPECT_EQ(passed_, 0) << "woken although a spinner was there";
     EXPECT_EQ(counted(LockEvent::wakeup_spared), 1u);
 
-    // What a spinner does that leaves: clears the bit, and its last attempt makes it a holder whose release wakes.
+    // What a spinner does that leaves: clears the bit, and its last attempt makes it a holder whose release
+    // wakes.
     withdraw_spinner();
     EXPECT_TRUE(ProcessLock::acquire(lock_, LockMode::exclusive));
     ProcessLock::release(lock_, LockMode::exclusive);
@@ -205,6 +214,27 @@ TEST_F(AdaptiveLockTest, WakesWhenTheSpinnerIsOffItsCpu) {
     ProcessLock::release(lock_, LockMode::exclusive);
     other.join();
     EXPECT_EQ(passed_, 1);
+}
+
+TEST_F(AdaptiveLockTest, ASpinnerOffItsCpuIsReplacedAndOneOnItIsNot) {
+    for (const bool replaced : {true, false}) {
+        ProcessLock::acquire(lock_, LockMode::exclusive);
+        pretend_spinner();
+        uint64_t spun = 99;
+        static std::atomic<SchedState> spinner_state;
+        spinner_state = replaced ? SchedState::preempted : SchedState::on_cpu;
+        auto other = acquirer(
+            LockMode::exclusive, WaitPolicy::owner,
+            [](SlotId slot) { return slot == kSpinnerSlot ? spinner_state.load() : SchedState::on_cpu; },
+            [&] { spun = counted(LockEvent::spin_acquired); });
+        std::this_thread::sleep_for(20ms);
+        ProcessHost::hint = always_blocked;  // so that this release wakes, if anybody sleeps
+        ProcessLock::release(lock_, LockMode::exclusive);
+        other.join();
+        EXPECT_EQ(spun, replaced ? 1u : 0u);
+        withdraw_spinner();
+        ProcessHost::hint = always_on_cpu;
+    }
 }
 
 TEST_F(AdaptiveLockTest, SpinnersCannotKeepASleeperAsleepForLong) {
@@ -382,7 +412,8 @@ TEST(PaceTest, IsPatientOnlyWithLocksWhoseHoldersComeStraightBack) {
     EXPECT_EQ(learner.pace(&close).first, SpinPace::quick().first) << "and unlearns";
 }
 
-// ---- stress -------------------------------------------------------------------------------------------------
+// ---- stress
+// -------------------------------------------------------------------------------------------------
 
 struct Arena {
     SharedLock lock;
@@ -397,7 +428,8 @@ SchedState lying_mirror(SlotId) {
     return static_cast<SchedState>(random() % 5);
 }
 
-/// Many processes with changing modes on one lock, against a deadline: a lost wake-up is a process that never ends.
+/// Many processes with changing modes on one lock, against a deadline: a lost wake-up is a process that never
+/// ends.
 void stress(SchedState (*hint)(SlotId), int processes, int turns) {
     Arena* arena = make_shared_memory<Arena>();
     ASSERT_NE(arena, nullptr);
@@ -453,9 +485,15 @@ void stress(SchedState (*hint)(SlotId), int processes, int turns) {
     munmap(arena, sizeof(Arena));
 }
 
-TEST(AdaptiveLockStress, EveryOwnerSeemsToRun) { stress(always_on_cpu, 6, 200'000); }
-TEST(AdaptiveLockStress, EveryOwnerSeemsAsleep) { stress(always_blocked, 6, 100'000); }
-TEST(AdaptiveLockStress, TheMirrorLies) { stress(lying_mirror, 8, 200'000); }
+TEST(AdaptiveLockStress, EveryOwnerSeemsToRun) {
+    stress(always_on_cpu, 6, 200'000);
+}
+TEST(AdaptiveLockStress, EveryOwnerSeemsAsleep) {
+    stress(always_blocked, 6, 100'000);
+}
+TEST(AdaptiveLockStress, TheMirrorLies) {
+    stress(lying_mirror, 8, 200'000);
+}
 
 }  // namespace
 }  // namespace adaptive::test

@@ -2,8 +2,8 @@
 /*
  * AdaptiveLock outside PostgreSQL: a Host whose tasks are processes (or threads) on shared memory.
  *
- * The arena lies in an anonymous shared mapping made before fork(); every task takes one seat in it. What the lock
- * believes of owners and spinners is decided by `hint`, so that a test can lie to it.
+ * The arena lies in an anonymous shared mapping made before fork(); every task takes one seat in it. What the
+ * lock believes of owners and spinners is decided by `hint`, so that a test can lie to it.
  */
 
 #include <semaphore.h>
@@ -58,7 +58,9 @@ struct ProcessHost {
     static inline thread_local Seat* seat = nullptr;
     static inline thread_local uint16_t slot = 0;
     static inline thread_local WaitPolicy wait_policy = WaitPolicy::owner;
-    static inline thread_local SchedState (*hint)(uint16_t slot) = [](uint16_t) { return SchedState::unknown; };
+    static inline thread_local SchedState (*hint)(uint16_t slot) = [](uint16_t) {
+        return SchedState::unknown;
+    };
     static inline thread_local uint64_t counts[static_cast<int>(LockEvent::spin_ticks) + 1] = {};
     static inline thread_local PaceLearner learner;
     static inline uint64_t spin_microseconds = 100;

@@ -4,48 +4,53 @@
  *
  * Problem
  * -------
- * One word says who holds the lock. Whoever finds it taken can spin, which is cheap when the holder is about to let
- * go and a disaster when the holder is not running, or sleep, which costs two context switches, often more than the
- * critical section. And a release that wakes a sleeper while somebody is ready to take the lock at once buys nothing:
- * the woken task finds the lock taken and sleeps again. A queue of such tasks is a convoy.
+ * One word says who holds the lock. Whoever finds it taken can spin, which is cheap when the holder is about
+ * to let go and a disaster when the holder is not running, or sleep, which costs two context switches, often
+ * more than the critical section. And a release that wakes a sleeper while somebody is ready to take the lock
+ * at once buys nothing: the woken task finds the lock taken and sleeps again. A queue of such tasks is a
+ * convoy.
  *
  * Algorithm
  * ---------
  * Acquire, in phases:
  *   1. attempt:       take the lock if it is free.
- *   2. spin on owner: attempt again and again until the owner is off its CPU or the budget is spent. A writer does so
- *                     only as *the* spinner (bit `spinner`), if nobody else is: one keeps the line quiet. Readers, who
- *                     can all enter together, spin without the bit.
+ *   2. spin on owner: attempt again and again until the owner is off its CPU or the budget is spent. A writer
+ * does so only as *the* spinner (bit `spinner`), unless one runs already: one keeps the line quiet. Readers,
+ * who can all enter together, spin without the bit.
  *   3. queue:         put yourself on the wait list.
- *   4. last attempt:  the lock may have been freed between 1 and 3, when nobody could know that you would sleep.
+ *   4. last attempt:  the lock may have been freed between 1 and 3, when nobody could know that you would
+ * sleep.
  *   5. sleep; when woken, start again at 1.
- * Release: give the lock up; if it is free now and somebody is queued, wake. But while there is a spinner, wake nobody
- * who would only compete with it (spare the wake-up).
+ * Release: give the lock up; if it is free now and somebody is queued, wake. But while there is a spinner,
+ * wake nobody who would only compete with it (spare the wake-up).
  *
  * Invariants
  * ----------
- * I1 (duty to wake). At any time when the lock is free and a locker is asleep in the queue, at least one running party
- *    has the duty to wake or to take the lock:
+ * I1 (duty to wake). At any time when the lock is free and a locker is asleep in the queue, at least one
+ * running party has the duty to wake or to take the lock:
  *      - the releaser, until it has woken or seen the spinner bit;
- *      - the spinner, until it acquires (then it is a holder, whose release comes) or clears the bit and makes its last
- *        attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody whose release happens
- *        after the bit was cleared: that release wakes, unless the next spinner has taken the duty over;
- *      - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next attempt.
- * I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change only under
- *    `list_locked`; `has_waiters` and `until_free` describe the list whenever `list_locked` is clear.
- * I3 (bystanders). Waiters in mode until_free do not compete for the lock. Every release that frees it wakes them,
- *    spinner or not.
- * I4 (no starvation by spinners). A task that releases again and again spares wake-ups for at most
- *    Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU.
+ *      - the spinner, until it acquires (then it is a holder, whose release comes) or clears the bit and
+ * makes its last attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody
+ * whose release happens after the bit was cleared: that release wakes, unless the next spinner has taken the
+ * duty over;
+ *      - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next
+ * attempt. I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change
+ * only under `list_locked`; `has_waiters` and `until_free` describe the list whenever `list_locked` is clear.
+ * I3 (bystanders). Waiters in mode until_free do not compete for the lock. Every release that frees it wakes
+ * them, spinner or not. I4 (no starvation by spinners). A task that releases again and again spares wake-ups
+ * for at most Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU.
  *
- * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself (has_waiters,
- * with the list behind it) before its last attempt, and a releaser gives up before it looks at the flags, by
- * read-modify-writes of the same word; so one of the two sees the other. All of them are sequentially consistent, as
- * users of the server's own LWLocks may rely on full barriers; what each one pairs with is said where it stands.
+ * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself
+ * (has_waiters, with the list behind it) before its last attempt, and a releaser gives up before it looks at
+ * the flags, by read-modify-writes of the same word; so one of the two sees the other. All of them are
+ * sequentially consistent, as users of the server's own LWLocks may rely on full barriers; what each one
+ * pairs with is said where it stands.
  *
- * Thread and process safety: any number of tasks, in one or several processes, as far as Host's memory reaches.
+ * Thread and process safety: any number of tasks, in one or several processes, as far as Host's memory
+ * reaches.
  *
- * Source: PostgreSQL's lwlock.c (phases 1, 3, 4, 5 and the wait list), Linux mutex.c and osq_lock.c (phase 2).
+ * Source: PostgreSQL's lwlock.c (phases 1, 3, 4, 5 and the wait list), Linux mutex.c and osq_lock.c (phase
+ * 2).
  */
 
 #include <atomic>
@@ -58,7 +63,11 @@
 namespace adaptive {
 
 enum class LockMode : uint8_t { exclusive, shared, until_free };
-enum class WaitState : uint8_t { not_waiting, waiting, removed };  ///< removed: off the list, not yet signalled
+enum class WaitState : uint8_t {
+    not_waiting,
+    waiting,
+    removed
+};  ///< removed: off the list, not yet signalled
 enum class WaitPolicy : int { owner, blind, park };
 
 /// What happened on the slow path, for the statistics.
@@ -88,15 +97,13 @@ struct StateBits {
 /**
  * The protocol over a Host, which says what a lock, a waiter and sleeping are. All of Host is static:
  *
- *   Lock, Waiter, WaitList            types; Waiter is a small handle, kNobody is none; WaitList is the list's head
- *   kBits                             StateBits
- *   spare_for_ticks()                 I4's bound, CycleClock ticks
- *   state(Lock&)                      std::atomic_ref<uint32_t>
- *   wait_list(Lock&), empty_list()    WaitList& in the lock; an empty local one
- *   push_head/push_tail/erase(WaitList&, Waiter), first(WaitList&), next(WaitList&, Waiter), empty(WaitList&)
- *   self()                            this task's Waiter (may refuse: no return)
- *   queued_already()                  this task waits in a queue already: a bug that must not go on (no return)
- *   wait_state(Waiter)                std::atomic_ref<uint8_t> holding a WaitState
+ *   Lock, Waiter, WaitList            types; Waiter is a small handle, kNobody is none; WaitList is the
+ * list's head kBits                             StateBits spare_for_ticks()                 I4's bound,
+ * CycleClock ticks state(Lock&)                      std::atomic_ref<uint32_t> wait_list(Lock&), empty_list()
+ * WaitList& in the lock; an empty local one push_head/push_tail/erase(WaitList&, Waiter), first(WaitList&),
+ * next(WaitList&, Waiter), empty(WaitList&) self()                            this task's Waiter (may refuse:
+ * no return) queued_already()                  this task waits in a queue already: a bug that must not go on
+ * (no return) wait_state(Waiter)                std::atomic_ref<uint8_t> holding a WaitState
  *   wait_mode(Waiter), set_wait_mode(Waiter, LockMode)      what a queued waiter waits for
  *   lock_list_contended(Lock&)        wait until list_locked looks clear
  *   sleep(), wake(Waiter)             semaphore down on self, up on another; both may be spurious
@@ -134,7 +141,8 @@ class AdaptiveLock {
         return true;
     }
 
-    /// Takes the lock if it is free at once (true); else waits until it has been freed, without taking it (false).
+    /// Takes the lock if it is free at once (true); else waits until it has been freed, without taking it
+    /// (false).
     static bool acquire_or_wait(Lock& lock, LockMode mode) {
         if (attempt(lock, mode)) {
             Host::set_owner(lock);
@@ -152,9 +160,9 @@ class AdaptiveLock {
     }
 
     /**
-     * Waits until the lock is not held exclusively (true), or `settled()` says that there is no more to wait for
-     * (false). `settled` is called with the wait list locked; whoever changes what it looks at uses update() or
-     * holds the wait list's lock.
+     * Waits until the lock is not held exclusively (true), or `settled()` says that there is no more to wait
+     * for (false). `settled` is called with the wait list locked; whoever changes what it looks at uses
+     * update() or holds the wait list's lock.
      */
     template <class Settled>
     static bool wait_until(Lock& lock, Settled&& settled) {
@@ -162,7 +170,8 @@ class AdaptiveLock {
             if (!held_exclusively(lock)) return true;
             if (with_list_locked(lock, settled)) return false;
 
-            // From here on, a release or an update wakes us (I3). What happened before is seen by looking again.
+            // From here on, a release or an update wakes us (I3). What happened before is seen by looking
+            // again.
             queue_self(lock, LockMode::until_free);
             const bool freed = !held_exclusively(lock);
             if (freed || with_list_locked(lock, settled)) {
@@ -208,7 +217,8 @@ class AdaptiveLock {
             after_release(lock, left);
     }
 
-    /// For a task that was thrown out of an acquire (an exit in a signal handler): nobody else would clear its bit.
+    /// For a task that was thrown out of an acquire (an exit in a signal handler): nobody else would clear
+    /// its bit.
     static void abandon_spin() {
         if (spinning_for_ == nullptr) return;
         Lock& lock = *std::exchange(spinning_for_, nullptr);
@@ -217,7 +227,9 @@ class AdaptiveLock {
     }
 
   private:
-    static uint32_t hold_of(LockMode mode) { return mode == LockMode::exclusive ? kBits.exclusive : kBits.shared; }
+    static uint32_t hold_of(LockMode mode) {
+        return mode == LockMode::exclusive ? kBits.exclusive : kBits.shared;
+    }
 
     static bool is_free_for(uint32_t state, LockMode mode) {
         return (state & (mode == LockMode::exclusive ? kBits.held_mask : kBits.exclusive)) == 0;
@@ -251,7 +263,8 @@ class AdaptiveLock {
         if (mode == LockMode::exclusive) Host::pace().handed_over(&lock);
     }
 
-    // ---- the spinner ------------------------------------------------------------------------------------------
+    // ---- the spinner
+    // ------------------------------------------------------------------------------------------
 
     /// Phase 2. True if the lock was taken; false if the caller must queue, with the spinner bit given back.
     static bool spin(Lock& lock, LockMode mode) {
@@ -261,11 +274,13 @@ class AdaptiveLock {
 
         const uint64_t start = CycleClock::now();
         const SpinEnd end = spin_on_owner(
-            [&] { return attempt(lock, mode, mode == LockMode::exclusive ? kBits.spinner : 0); }, [&] { return Host::owner(lock); },
+            [&] { return attempt(lock, mode, mode == LockMode::exclusive ? kBits.spinner : 0); },
+            [&] { return Host::owner(lock); },
             [&](auto owner) { return policy == WaitPolicy::blind ? SchedState::on_cpu : Host::look(owner); },
             Host::budget(), mode == LockMode::exclusive ? Host::pace().pace(&lock) : SpinPace::quick());
         if (mode == LockMode::exclusive) {
-            // From here on releases wake again; the queueing and last attempt that follow make good for those before.
+            // From here on releases wake again; the queueing and last attempt that follow make good for those
+            // before.
             if (end != SpinEnd::acquired) Host::state(lock).fetch_and(~kBits.spinner);
             spinning_for_ = nullptr;
         }
@@ -285,17 +300,24 @@ class AdaptiveLock {
         return false;
     }
 
+    /// False if somebody else is. A spinner that the mirror shows off its CPU is replaced. It will still
+    /// believe in its role when it runs again: then two spin, and the first to end clears the bit for both.
+    /// That spares less and never too much: whoever spins clears the bit at the end, so it is never set
+    /// without somebody who owes I1's last attempt.
     static bool become_spinner(Lock& lock) {
         abandon_spin();  // left over from an acquire that this one interrupted
         auto state = Host::state(lock);
-        if (state.load(std::memory_order_relaxed) & kBits.spinner) return false;
-        if (state.fetch_or(kBits.spinner) & kBits.spinner) return false;
+        if ((state.load(std::memory_order_relaxed) & kBits.spinner) &&
+            !is_off_cpu(Host::look(Host::spinner(lock))))
+            return false;
+        state.fetch_or(kBits.spinner);
         spinning_for_ = &lock;
         Host::set_spinner(lock);
         return true;
     }
 
-    // ---- the releaser -----------------------------------------------------------------------------------------
+    // ---- the releaser
+    // -----------------------------------------------------------------------------------------
 
     /// The lock was freed, leaving `left` in the state word, which has waiters.
     [[gnu::noinline]] static void after_release(Lock& lock, uint32_t left) {
@@ -344,13 +366,16 @@ class AdaptiveLock {
         update(lock, [] {});
     }
 
-    // ---- the wait list (I2) -----------------------------------------------------------------------------------
+    // ---- the wait list (I2)
+    // -----------------------------------------------------------------------------------
 
     static void lock_list(Lock& lock) {
-        while (Host::state(lock).fetch_or(kBits.list_locked) & kBits.list_locked) Host::lock_list_contended(lock);
+        while (Host::state(lock).fetch_or(kBits.list_locked) & kBits.list_locked)
+            Host::lock_list_contended(lock);
     }
 
-    /// Unlocks the wait list, sets and clears the given bits, and makes has_waiters and until_free true again.
+    /// Unlocks the wait list, sets and clears the given bits, and makes has_waiters and until_free true
+    /// again.
     static void unlock_list(Lock& lock, uint32_t set, uint32_t clear) {
         WaitList& list = Host::wait_list(lock);
         const uint32_t described = kBits.has_waiters | kBits.until_free;
@@ -390,8 +415,8 @@ class AdaptiveLock {
         if (still_queued) {
             set_wait_state(self, WaitState::not_waiting);
         } else {
-            // Somebody chose us to be woken and may have cleared release_ok for it: the duty is ours, give it back
-            // to the releasers. Then absorb the wake-up, or it would end some later sleep.
+            // Somebody chose us to be woken and may have cleared release_ok for it: the duty is ours, give it
+            // back to the releasers. Then absorb the wake-up, or it would end some later sleep.
             Host::state(lock).fetch_or(kBits.release_ok);
             absorb_wakeup();
         }
@@ -402,13 +427,14 @@ class AdaptiveLock {
         Host::count(lock, LockEvent::slept, 1);
         Host::sleep_begins(lock, mode);
         absorb_wakeup();
-        // We run: the next release may wake again. Before our attempt, so that I1's duty passes on without a gap.
+        // We run: the next release may wake again. Before our attempt, so that I1's duty passes on without a
+        // gap.
         if (queued != LockMode::until_free) Host::state(lock).fetch_or(kBits.release_ok);
         Host::sleep_ended(lock, mode);
     }
 
-    /// Sleeps until a waker has made us not_waiting. The semaphore is shared with other uses: what was taken from
-    /// it in excess is given back.
+    /// Sleeps until a waker has made us not_waiting. The semaphore is shared with other uses: what was taken
+    /// from it in excess is given back.
     static void absorb_wakeup() {
         const Waiter self = Host::self();
         int taken_in_excess = 0;
@@ -423,7 +449,8 @@ class AdaptiveLock {
     static WaitList take_until_free(Lock& lock) {
         WaitList woken = Host::empty_list();
         WaitList& list = Host::wait_list(lock);
-        for (Waiter w = Host::first(list); w != Host::kNobody && Host::wait_mode(w) == LockMode::until_free;) {
+        for (Waiter w = Host::first(list);
+             w != Host::kNobody && Host::wait_mode(w) == LockMode::until_free;) {
             const Waiter next = Host::next(list, w);
             move_to(list, woken, w);
             w = next;
@@ -441,8 +468,8 @@ class AdaptiveLock {
         for (Waiter w = Host::first(woken); w != Host::kNobody;) {
             const Waiter next = Host::next(woken, w);
             Host::erase(woken, w);
-            // Only now may the waiter queue itself elsewhere: the erase above must be visible first. Pairs with the
-            // load in wait_state() by absorb_wakeup().
+            // Only now may the waiter queue itself elsewhere: the erase above must be visible first. Pairs
+            // with the load in wait_state() by absorb_wakeup().
             set_wait_state(w, WaitState::not_waiting);
             Host::wake(w);
             Host::count(lock, LockEvent::wakeup_sent, 1);
@@ -450,8 +477,8 @@ class AdaptiveLock {
         }
     }
 
-    static inline thread_local Lock* spinning_for_ = nullptr;    // the lock whose spinner bit is this task's
-    static inline thread_local uint64_t sparing_since_ = 0;  // 0: the last wake-up that was due was sent
+    static inline thread_local Lock* spinning_for_ = nullptr;  // the lock whose spinner bit is this task's
+    static inline thread_local uint64_t sparing_since_ = 0;    // 0: the last wake-up that was due was sent
 
     static WaitState wait_state(Waiter w) {
         return static_cast<WaitState>(Host::wait_state(w).load(std::memory_order_acquire));

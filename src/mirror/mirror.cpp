@@ -59,7 +59,7 @@ SlotInfo Mirror::info(SlotId slot) const noexcept {
     if (source_ == Source::rseq) {
         const RseqSlot& s = rseq_slots_[slot];
         info.cpu = __atomic_load_n(&s.cpu, __ATOMIC_RELAXED);
-        info.tid = __atomic_load_n(&s.tid, __ATOMIC_RELAXED);
+        info.tid = info.claimant = __atomic_load_n(&s.tid, __ATOMIC_RELAXED);
         info.generation = __atomic_load_n(&s.generation, __ATOMIC_RELAXED);
         // look() speaks of others: whoever is on this CPU but me is not running.
         if (info.tid != 0 && info.tid == static_cast<uint32_t>(gettid())) info.state = SchedState::on_cpu;
@@ -73,6 +73,7 @@ SlotInfo Mirror::info(SlotId slot) const noexcept {
     info.switches = __atomic_load_n(&s.switches, __ATOMIC_RELAXED);
     // The kernel's words may still speak of an earlier user of the slot.
     const uint32_t claimant = __atomic_load_n(&claims_[slot].tid, __ATOMIC_RELAXED);
+    info.claimant = claimant;
     const uint32_t claimed = __atomic_load_n(&claims_[slot].generation, __ATOMIC_RELAXED);
     if (claimant == 0 && info.state != SchedState::dead) info.state = SchedState::unknown;
     if (claimant != 0 && info.generation != claimed) info.tid = claimant;

@@ -46,7 +46,8 @@ struct Error {
 struct SlotInfo {
     SchedState state;
     uint32_t cpu;
-    uint32_t tid;
+    uint32_t tid;       // in the initial pid namespace with source bpf
+    uint32_t claimant;  // who has the slot now, in that task's own pid namespace; 0: nobody
     uint32_t generation;
     uint64_t last_switch_ns;  // 0 with source rseq
     uint64_t switches;        // 0 with source rseq

@@ -53,7 +53,9 @@ class CycleClock {
         ticks_per_us_ = best != 0 ? best : 1;
     }
 
-    static uint64_t ticks_per_microsecond() noexcept { return ticks_per_us_; }
+    static uint64_t ticks_per_microsecond() noexcept {
+        return ticks_per_us_;
+    }
 
   private:
     static uint64_t monotonic_ns() noexcept {

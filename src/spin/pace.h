@@ -2,21 +2,22 @@
 /*
  * The pace of a spin: how long a spinner leaves a taken lock alone before it looks again.
  *
- * Every look takes the lock's cache line from the holder, and taking the lock over takes along the data that it protects.
- * So two kinds of locks want opposite things:
- *   - If holders stay away for longer than a hand-over takes, the lock is free after the hold, and every moment that it
- *     is not taken is lost. Look soon and often (quick).
- *   - If holders are back sooner than that, one task that has the lock to itself turns faster, with everything in its
- *     cache, than two that hand it to and fro; more cores make it slower. Stay away, take over rarely (patient).
+ * Every look takes the lock's cache line from the holder, and taking the lock over takes along the data that
+ * it protects. So two kinds of locks want opposite things:
+ *   - If holders stay away for longer than a hand-over takes, the lock is free after the hold, and every
+ * moment that it is not taken is lost. Look soon and often (quick).
+ *   - If holders are back sooner than that, one task that has the lock to itself turns faster, with
+ * everything in its cache, than two that hand it to and fro; more cores make it slower. Stay away, take over
+ * rarely (patient).
  *
- * PaceLearner tells them apart by what its own task goes through at the lock: the time of a hold after a hand-over (with the
- * cache misses) against the time of a whole turn alone (hold and outside, until the next acquire). Patience pays when a
- * turn alone is shorter than a hold after a hand-over together with the hand-over of the lock itself.
- * It samples after contended acquires only; the uncontended path pays a comparison at either end.
+ * PaceLearner tells them apart by what its own task goes through at the lock: the time of a hold after a
+ * hand-over (with the cache misses) against the time of a whole turn alone (hold and outside, until the next
+ * acquire). Patience pays when a turn alone is shorter than a hold after a hand-over together with the
+ * hand-over of the lock itself. It samples after contended acquires only; the uncontended path pays a
+ * comparison at either end.
  *
- * Bounds: a wrong guess costs at most SpinPace::longest of waiting a look, and spins remain limited by their budget. What
- * nothing is known of gets the quick pace.
- * Thread safety: a PaceLearner belongs to one task.
+ * Bounds: a wrong guess costs at most SpinPace::longest of waiting a look, and spins remain limited by their
+ * budget. What nothing is known of gets the quick pace. Thread safety: a PaceLearner belongs to one task.
  */
 
 #include <cstddef>
@@ -32,7 +33,9 @@ struct SpinPace {
     uint64_t longest;
 
     static SpinPace quick() { return {.first = from_nanoseconds(50), .longest = from_nanoseconds(1'600)}; }
-    static SpinPace patient() { return {.first = from_nanoseconds(10'000), .longest = from_nanoseconds(10'000)}; }
+    static SpinPace patient() {
+        return {.first = from_nanoseconds(10'000), .longest = from_nanoseconds(10'000)};
+    }
 
     static uint64_t from_nanoseconds(uint64_t ns) { return ns * CycleClock::ticks_per_microsecond() / 1000; }
 };
@@ -41,17 +44,20 @@ class PaceLearner {
   public:
     /// An exclusive acquire begins. Hot.
     void acquiring(const void* lock) noexcept {
-        if (lock == sampled_) [[unlikely]] sample_at_acquire();
+        if (lock == sampled_) [[unlikely]]
+            sample_at_acquire();
     }
 
     /// An exclusive hold has ended. Hot.
     void released(const void* lock) noexcept {
-        if (lock == sampled_) [[unlikely]] sample_at_release();
+        if (lock == sampled_) [[unlikely]]
+            sample_at_release();
     }
 
     /// An exclusive acquire that had to wait has succeeded: the lock was handed over.
     void handed_over(const void* lock) noexcept {
-        // A turn during which the lock was handed over again was not one alone. Known locks are sampled now and then.
+        // A turn during which the lock was handed over again was not one alone. Known locks are sampled now
+        // and then.
         sampled_ = nullptr;
         if (of(lock).turn_alone != kUnknown && ++skipped_ % 8 != 0) return;
         sampled_ = lock;
@@ -61,8 +67,9 @@ class PaceLearner {
 
     SpinPace pace(const void* lock) const noexcept {
         const Times& t = of(lock);
-        const bool patience_pays = t.turn_alone != kUnknown &&
-                                   t.turn_alone < t.hold_after_handover + SpinPace::from_nanoseconds(kHandOverNs);
+        const bool patience_pays =
+            t.turn_alone != kUnknown &&
+            t.turn_alone < t.hold_after_handover + SpinPace::from_nanoseconds(kHandOverNs);
         return patience_pays ? SpinPace::patient() : SpinPace::quick();
     }
 
@@ -73,9 +80,10 @@ class PaceLearner {
 
     enum class Stage : uint8_t { holding, outside, alone };
 
-    struct Times {  // running medians, ticks
-        uint64_t hold_after_handover = kUnknown;
-        uint64_t turn_alone = kUnknown;
+    struct Times {                                // ticks
+        uint64_t hold_after_handover = kUnknown;  // running median
+        uint64_t turn_alone =
+            kUnknown;  // running low quantile: a spinner that looks often makes turns longer
     };
 
     static size_t index(const void* lock) noexcept {
@@ -84,26 +92,26 @@ class PaceLearner {
     Times& of(const void* lock) noexcept { return times_[index(lock)]; }
     const Times& of(const void* lock) const noexcept { return times_[index(lock)]; }
 
-    /// Moves a running median towards a sample by a sixteenth, however far the sample lies: one that was preempted counts
-    /// no more than any other.
-    static void learn(uint64_t& median, uint64_t sample) noexcept {
-        const uint64_t step = median / 16 + 1;
-        if (median == kUnknown)
-            median = sample + 1;
+    /// Moves a running quantile a little towards a sample, however far the sample lies: one that was
+    /// preempted counts no more than any other. Steps up are 1/`up` of the value and steps down 1/`down`; as
+    /// many samples lie below, in the long run, as up : down says.
+    static void learn(uint64_t& value, uint64_t sample, uint64_t up, uint64_t down) noexcept {
+        if (value == kUnknown)
+            value = sample + 1;
         else
-            median = sample > median ? median + step : median - step;
+            value = sample > value ? value + value / up + 1 : value - value / down;
     }
 
     void sample_at_release() noexcept {
         if (stage_ != Stage::holding) return;
-        learn(of(sampled_).hold_after_handover, CycleClock::now() - since_);
+        learn(of(sampled_).hold_after_handover, CycleClock::now() - since_, 16, 16);
         stage_ = Stage::outside;
     }
 
     void sample_at_acquire() noexcept {
         const uint64_t now = CycleClock::now();
         if (stage_ == Stage::alone) {
-            learn(of(sampled_).turn_alone, now - since_);
+            learn(of(sampled_).turn_alone, now - since_, 64, 8);
             sampled_ = nullptr;
         } else {
             stage_ = Stage::alone;  // unless this acquire has to wait: handed_over()

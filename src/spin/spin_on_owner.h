@@ -2,9 +2,9 @@
 /*
  * Spin on owner: wait for a lock by spinning exactly as long as its owner is on a CPU.
  *
- * The same rule as the Linux kernel's mutex_spin_on_owner() and rwsem_spin_on_owner(), for user space, with the
- * mirror in the place of task_struct::on_cpu. The mirror is a hint: whatever it says, the spin ends within the
- * budget, so a wrong hint costs time and never correctness.
+ * The same rule as the Linux kernel's mutex_spin_on_owner() and rwsem_spin_on_owner(), for user space, with
+ * the mirror in the place of task_struct::on_cpu. The mirror is a hint: whatever it says, the spin ends
+ * within the budget, so a wrong hint costs time and never correctness.
  *
  * Thread and process safety: the loop keeps no state outside its arguments.
  */
@@ -19,7 +19,9 @@ namespace adaptive {
 
 enum class SpinEnd : uint8_t { acquired, owner_off_cpu, budget_spent };
 
-inline bool is_off_cpu(SchedState state) { return state != SchedState::on_cpu && state != SchedState::unknown; }
+inline bool is_off_cpu(SchedState state) {
+    return state != SchedState::on_cpu && state != SchedState::unknown;
+}
 
 /// How long a spin may last, in CycleClock ticks.
 struct SpinBudget {
@@ -32,13 +34,13 @@ struct SpinBudget {
  *
  * try_acquire: one attempt; it should only read unless the lock looks free, to leave the line to the holder.
  * owner: who the lock says has it; read with each attempt, from the same line.
- * state_of: SchedState of that owner; a spin that does not want to look returns on_cpu. Looked at between attempts too:
- *     it must not touch the lock.
- * The caller has just failed to take the lock, so the first attempt comes after pace.first.
+ * state_of: SchedState of that owner; a spin that does not want to look returns on_cpu. Looked at between
+ * attempts too: it must not touch the lock. The caller has just failed to take the lock, so the first attempt
+ * comes after pace.first.
  */
 template <class TryAcquire, class Owner, class StateOf>
-inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& state_of, const SpinBudget& budget,
-                             const SpinPace& pace) {
+inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& state_of,
+                             const SpinBudget& budget, const SpinPace& pace) {
     const uint64_t start = CycleClock::now();
     uint64_t now = start, interval = pace.first;
     auto watched = owner();
@@ -58,8 +60,9 @@ inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& 
             watched = present;
             state = state_of(watched);
         } else if (was_off_cpu && is_off_cpu(state)) {
-            // An acquirer stores its slot just after it took the lock, so one look may still show the owner before it,
-            // who is gone by now. The same owner in two looks in a row is the owner, for any practical purpose.
+            // An acquirer stores its slot just after it took the lock, so one look may still show the owner
+            // before it, who is gone by now. The same owner in two looks in a row is the owner, for any
+            // practical purpose.
             return SpinEnd::owner_off_cpu;
         }
         if (now - start >= (state == SchedState::unknown ? budget.unwatched : budget.watched))
