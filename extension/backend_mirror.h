@@ -36,7 +36,8 @@ struct BackendSlot {
 /// What the mirror says of a process, by the number of its PGPROC.
 BackendSlot of_backend(int proc_number);
 
-namespace [[gnu::visibility("hidden")]] internal {
+#pragma GCC visibility push(hidden)  // reached without a detour through the global offset table
+namespace internal {
 extern Mirror mirror;
 extern MirrorTask task;
 extern SlotId own_slot;
@@ -49,7 +50,8 @@ struct alignas(64) Spinner {
 };
 constexpr size_t kSpinners = 256;
 extern Spinner* spinners;
-}  // namespace gnu::visibility("hidden")]]internal
+}  // namespace internal
+#pragma GCC visibility pop
 
 // ---- hot paths ----
 
