@@ -29,7 +29,7 @@ run_load($node, 'bpf without a mirror: works', sql => 'SELECT lock_generator_run
 
 SKIP:
 {
-	skip 'the kernel keeps no mirror: ' . why_no_bpf(), 10 if why_no_bpf();
+	skip 'the kernel keeps no mirror: ' . why_no_bpf(), 11 if why_no_bpf();
 
 	mirror('load');
 	for my $setting ('auto', 'bpf')
@@ -59,6 +59,7 @@ SKIP:
 		't', 'more backends than slots: some have none');
 	is(status($node, 'active, source'), 't|bpf', 'the mirror is used nevertheless');
 	finish_load($load, 'out of slots: works');
+	like(slurp_file($node->logfile), qr/runs without a slot in the mirror.*\n.*all 8 slots of the mirror are taken/, 'and the log says so');
 	mirror('unload');
 }
 

@@ -11,10 +11,15 @@
 // reader.
 //
 // Thread safety. Mirror: look, info, active, capacity, used from any thread at any time; open and close
-// alone, and close only after the tasks attached to it have detached. MirrorTask: one task's own; only that
-// task may call it. Process safety. Both survive fork; the child says reset_after_fork() on an inherited
-// MirrorTask and attaches anew. Units. Slot numbers 1 .. capacity(); 0 is nobody. Times in nanoseconds of
-// CLOCK_MONOTONIC. Errors. false and one line in Error: what is missing and what to do. Nothing throws.
+// alone, and close only after the tasks attached to it have detached. MirrorTask: only the task that owns it.
+//
+// Process safety. Both survive fork; the child says reset_after_fork() on an inherited MirrorTask and
+// attaches anew.
+//
+// Units. Slot numbers 1 .. capacity(); 0 is nobody. Times in nanoseconds of the scheduler's clock, which is
+// near CLOCK_MONOTONIC but leaves out, on some kernels, the time of interrupts and of the hypervisor.
+//
+// Errors. false and one line in Error: what is missing and what to do. Nothing throws.
 #pragma once
 
 #include <cstddef>

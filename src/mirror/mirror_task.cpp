@@ -94,13 +94,17 @@ bool MirrorTask::attach(Mirror& mirror, Error* error) noexcept {
     return true;
 }
 
-// The rare half of note_running: the slot has switched since. (A task that was switched out between reading
-// the count and storing it stores an old one, which equals no later count.)
+// The rare half of note_running: the slot has switched since. In the normal case the kernel has recorded the
+// switch-in that brought us here, and one cache line answers. (A task that was switched out between reading the
+// count and storing it stores an old one, which equals no later count.)
 bool MirrorTask::note_switched(uint64_t switches) noexcept {
-    if (__atomic_load_n(&header_->active, __ATOMIC_RELAXED) == 0) return false;
     const uint32_t recorded = __atomic_load_n(&mine_->generation, __ATOMIC_RELAXED);
     if (static_cast<int32_t>(recorded - generation_) > 0) return false;
     seen_ = switches;
+    const uint32_t state = __atomic_load_n(&mine_->state, __ATOMIC_RELAXED);
+    if (state == SCHED_ON_CPU) return true;
+    // Unloading leaves every state unknown behind.
+    if (state == SCHED_UNKNOWN && __atomic_load_n(&header_->active, __ATOMIC_RELAXED) == 0) return false;
     __atomic_store_n(&claim_->seen_switches, switches, __ATOMIC_RELAXED);
     return true;
 }

@@ -27,7 +27,7 @@ struct sched_slot {
     __u32 cpu;            /* of the last switch */
     __u32 tid;            /* in the initial pid namespace */
     __u32 generation;     /* of the registration that the other fields speak of */
-    __u64 last_switch_ns; /* CLOCK_MONOTONIC */
+    __u64 last_switch_ns; /* clock of that CPU's scheduler, near CLOCK_MONOTONIC */
     __u64 switches;       /* transitions recorded, in and out; never goes back */
     __u8 pad[32];
 };
