@@ -95,8 +95,8 @@ bool MirrorTask::attach(Mirror& mirror, Error* error) noexcept {
 }
 
 // The rare half of note_running: the slot has switched since. In the normal case the kernel has recorded the
-// switch-in that brought us here, and one cache line answers. (A task that was switched out between reading the
-// count and storing it stores an old one, which equals no later count.)
+// switch-in that brought us here, and one cache line answers. (A task that was switched out between reading
+// the count and storing it stores an old one, which equals no later count.)
 bool MirrorTask::note_switched(uint64_t switches) noexcept {
     const uint32_t recorded = __atomic_load_n(&mine_->generation, __ATOMIC_RELAXED);
     if (static_cast<int32_t>(recorded - generation_) > 0) return false;
