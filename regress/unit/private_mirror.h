@@ -44,6 +44,7 @@ class PrivateMirror : public ::testing::Test {
     void SetUp() override {
         if (geteuid() != 0) GTEST_SKIP() << "loading the kernel side needs root";
         const Outcome loaded = schedmirror("load --slots 100 --group root");
+        ASSERT_EQ(loaded.output.find("refuses the program"), std::string::npos) << loaded.output;
         if (loaded.exit_code != 0) GTEST_SKIP() << "no BPF here: " << loaded.output;
     }
     void TearDown() override { schedmirror("unload"); }
