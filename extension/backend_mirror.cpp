@@ -216,7 +216,6 @@ void lost() {
 }
 
 void after_sleep() {
-    task.note_slept();
     if (own_slot == 0) try_again();
 }
 

@@ -49,22 +49,6 @@ class Row {
     int n_ = 0;
 };
 
-const char* state_name(SchedState state) {
-    switch (state) {
-        case SchedState::on_cpu:
-            return "on_cpu";
-        case SchedState::preempted:
-            return "preempted";
-        case SchedState::blocked:
-            return "blocked";
-        case SchedState::dead:
-            return "dead";
-        case SchedState::unknown:
-            break;
-    }
-    return "unknown";
-}
-
 }  // namespace
 
 Datum adaptive_lwlock_status(PG_FUNCTION_ARGS) {
@@ -139,12 +123,12 @@ Datum adaptive_lwlock_backends(PG_FUNCTION_ARGS) {
         // now.
         if (backend.slot == 0 || backend.info.claimant != static_cast<uint32_t>(pid)) {
             row.add_null();
-            row.add_text(state_name(SchedState::unknown));
+            row.add_text(name_of(SchedState::unknown));
             row.add_null();
             row.add_null();
         } else {
             row.add(Int32GetDatum(backend.slot));
-            row.add_text(state_name(backend.info.state));
+            row.add_text(name_of(backend.info.state));
             row.add(Int32GetDatum(static_cast<int32>(backend.info.cpu)));
             row.add(Int64GetDatum(static_cast<int64>(backend.info.switches)));
         }

@@ -88,7 +88,7 @@ Result success(int replaced) {
     return {true, replaced, true, ""};
 }
 
-[[gnu::format(gnu_printf, 1, 2)]] Result refusal(const char* format, ...) {
+__attribute__((format(printf, 1, 2))) Result refusal(const char* format, ...) {
     Result result = {false, 0, true, ""};
     va_list arguments;
     va_start(arguments, format);

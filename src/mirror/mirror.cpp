@@ -7,6 +7,22 @@
 
 namespace adaptive {
 
+const char* name_of(SchedState state) noexcept {
+    switch (state) {
+        case SchedState::on_cpu:
+            return "on_cpu";
+        case SchedState::preempted:
+            return "preempted";
+        case SchedState::blocked:
+            return "blocked";
+        case SchedState::dead:
+            return "dead";
+        case SchedState::unknown:
+            break;
+    }
+    return "unknown";
+}
+
 bool Mirror::open_bpf(const char* dir, Error* error) noexcept {
     if (source_ != Source::off) return fail(error, "a mirror is open already");
     bpf::Maps maps;

@@ -40,6 +40,8 @@ enum class SchedState : uint32_t {
     dead = SCHED_DEAD,
 };
 
+const char* name_of(SchedState state) noexcept;  // for people: on_cpu, preempted, blocked, dead, unknown
+
 using SlotId = uint16_t;  // 0 = none
 
 enum class Source : uint8_t { off, rseq, bpf };

@@ -299,22 +299,6 @@ void describe_program(const std::string& dir, const char* name) {
     printf(", %llu runs missed\n", info.recursion_misses);
 }
 
-const char* state_name(SchedState state) {
-    switch (state) {
-        case SchedState::on_cpu:
-            return "on CPU";
-        case SchedState::preempted:
-            return "preempted";
-        case SchedState::blocked:
-            return "blocked";
-        case SchedState::dead:
-            return "dead";
-        case SchedState::unknown:
-            break;
-    }
-    return "unknown";
-}
-
 }  // namespace
 
 void set_verbose() {
@@ -387,8 +371,8 @@ int status(const std::string& dir) {
     for (uint32_t slot = 1; slot <= mirror.capacity(); slot++) {
         const SlotInfo info = mirror.info(static_cast<SlotId>(slot));
         if (info.state == SchedState::unknown || info.state == SchedState::dead) continue;
-        printf("slot %u: pid %u, %s, cpu %u, %llu switches\n", slot, info.tid, state_name(info.state),
-               info.cpu, static_cast<unsigned long long>(info.switches));
+        printf("slot %u: pid %u, %s, cpu %u, %llu switches\n", slot, info.tid, name_of(info.state), info.cpu,
+               static_cast<unsigned long long>(info.switches));
     }
     mirror.close();
     return kDone;
