@@ -6,7 +6,8 @@
  * Each is guarded by a semaphore that the tracer raises; without one a probe costs a load and a branch.
  */
 
-#include <sys/sdt.h>  // ahead of probes.h: it has templates, which must not be declared as C
+#define _SDT_HAS_SEMAPHORES 1  // each probe names its semaphore, or a tracer would not raise it
+#include <sys/sdt.h>           // ahead of probes.h: it has templates, which must not be declared as C
 extern "C" {
 #include "utils/probes.h"
 }
