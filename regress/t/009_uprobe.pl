@@ -1,4 +1,5 @@
-# An operator attaches uprobes to the replaced functions' entries, and takes them off, while the server works.
+# An operator attaches uprobes to the replaced functions' entries, and static probes, and takes them off, while the server
+# works.
 use strict;
 use warnings;
 use TestServer;
@@ -22,6 +23,14 @@ for my $function ('LWLockAcquire', 'LWLockRelease', 'LWLockAcquire', 'LWLockCond
 	ok(($count{entries} // 0) > 0 && ($count{returns} // 0) > 0, "$function: entries and returns are counted") or diag("$exit\n$output");
 	is($node->safe_psql('postgres', 'SELECT 1'), 1, "$function: the server works after the probe is gone");
 }
+
+# The server's static probes, which fire from the module.
+my $module = $node->config_data('--pkglibdir') . '/adaptive_lwlock.so';
+my ($exit, $output) = as_root('timeout', '--kill-after=5', '30', 'bpftrace', '-e',
+	join(' ', map { "usdt:$module:postgresql:lwlock__$_ { \@${_}[str(arg0)] = count(); }" } 'acquire', 'release', 'wait__start', 'wait__done')
+	  . ' interval:s:2 { exit(); }');
+like($output, qr/\@$_\[lock_generator\]: [1-9]/, "static probe lwlock__$_ fires with the tranche's name")
+  for 'acquire', 'release', 'wait__start', 'wait__done';
 finish_load($load, 'the load did not notice', 60);
 unlike(slurp_file($node->logfile), qr/PANIC|TRAP|was terminated by signal/, 'no process crashed');
 is(status($node, 'active'), 't', 'the module is active');
