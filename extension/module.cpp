@@ -77,8 +77,8 @@ void back_to_stock() {
 }
 
 void replace_functions() {
-    static bool installed =
-        false;  // shared memory is set up again after a crash; the code pages stay as they are
+    // Shared memory is set up again after a crash; the code pages stay as they are.
+    static bool installed = false;
     if (!installed) {
         const patch::Result result = patch::install(lwlock_api::kReplacements, lwlock_api::kFunctions);
         if (!result.ok) {
@@ -93,8 +93,7 @@ void replace_functions() {
         back_to_stock();
         strlcpy(reason,
                 "the server does not call its LWLock functions where this module replaced them (a build with "
-                "link-time "
-                "optimization?)",
+                "link-time optimization?)",
                 sizeof(reason));
         installed = false;
         return;

@@ -13,14 +13,14 @@
  * Algorithm
  * ---------
  * Acquire, in phases:
- *   1. attempt:       take the lock if it is free.
- *   2. spin on owner: attempt again and again until the owner is off its CPU or the budget is spent. A writer
- * does so only as *the* spinner (bit `spinner`), unless one runs already: one keeps the line quiet. Readers,
- * who can all enter together, spin without the bit.
- *   3. queue:         put yourself on the wait list.
- *   4. last attempt:  the lock may have been freed between 1 and 3, when nobody could know that you would
- * sleep.
- *   5. sleep; when woken, start again at 1.
+ * 1. attempt: take the lock if it is free.
+ * 2. spin on owner: attempt again and again until the owner is off its CPU or the budget is spent. A writer
+ *    does so only as *the* spinner (bit `spinner`), unless one runs already: one keeps the line quiet.
+ * Readers, who can all enter together, spin without the bit.
+ * 3. queue: put yourself on the wait list.
+ * 4. last attempt: the lock may have been freed between 1 and 3, when nobody could know that you would sleep.
+ * 5. sleep; when woken, start again at 1.
+ *
  * Release: give the lock up; if it is free now and somebody is queued, wake. But while there is a spinner,
  * wake nobody who would only compete with it (spare the wake-up).
  *
@@ -28,17 +28,21 @@
  * ----------
  * I1 (duty to wake). At any time when the lock is free and a locker is asleep in the queue, at least one
  * running party has the duty to wake or to take the lock:
- *      - the releaser, until it has woken or seen the spinner bit;
- *      - the spinner, until it acquires (then it is a holder, whose release comes) or clears the bit and
- * makes its last attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody
- * whose release happens after the bit was cleared: that release wakes, unless the next spinner has taken the
- * duty over;
- *      - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next
- * attempt. I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change
- * only under `list_locked`; `has_waiters` and `until_free` describe the list whenever `list_locked` is clear.
+ * - the releaser, until it has woken or seen the spinner bit;
+ * - the spinner, until it acquires (then it is a holder, whose release comes) or clears the bit and makes its
+ *   last attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody whose
+ * release happens after the bit was cleared: that release wakes, unless the next spinner has taken the duty
+ * over;
+ * - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next attempt.
+ *
+ * I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change only under
+ * `list_locked`; `has_waiters` and `until_free` describe the list whenever `list_locked` is clear.
+ *
  * I3 (bystanders). Waiters in mode until_free do not compete for the lock. Every release that frees it wakes
- * them, spinner or not. I4 (no starvation by spinners). A task that releases again and again spares wake-ups
- * for at most Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU.
+ * them, spinner or not.
+ *
+ * I4 (no starvation by spinners). A task that releases again and again spares wake-ups for at most
+ * Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU.
  *
  * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself
  * (has_waiters, with the list behind it) before its last attempt, and a releaser gives up before it looks at
@@ -97,23 +101,26 @@ struct StateBits {
 /**
  * The protocol over a Host, which says what a lock, a waiter and sleeping are. All of Host is static:
  *
- *   Lock, Waiter, WaitList            types; Waiter is a small handle, kNobody is none; WaitList is the
- * list's head kBits                             StateBits spare_for_ticks()                 I4's bound,
- * CycleClock ticks state(Lock&)                      std::atomic_ref<uint32_t> wait_list(Lock&), empty_list()
- * WaitList& in the lock; an empty local one push_head/push_tail/erase(WaitList&, Waiter), first(WaitList&),
- * next(WaitList&, Waiter), empty(WaitList&) self()                            this task's Waiter (may refuse:
- * no return) queued_already()                  this task waits in a queue already: a bug that must not go on
- * (no return) wait_state(Waiter)                std::atomic_ref<uint8_t> holding a WaitState
- *   wait_mode(Waiter), set_wait_mode(Waiter, LockMode)      what a queued waiter waits for
- *   lock_list_contended(Lock&)        wait until list_locked looks clear
- *   sleep(), wake(Waiter)             semaphore down on self, up on another; both may be spurious
- *   sleep_begins/sleep_ended(Lock&, LockMode)   reporting around a sleep
- *   policy(), budget()                WaitPolicy and SpinBudget in force
- *   set_owner(Lock&), owner(Lock&)    this task took the lock; the slot of who did
- *   set_spinner(Lock&), spinner(Lock&)          likewise for the spinner
- *   look(slot)                        SchedState of a slot: the mirror's word
- *   pace()                            this task's PaceLearner
- *   count(Lock&, LockEvent, uint64_t)
+ * - Lock, Waiter, WaitList: types. Waiter is a small handle, kNobody is none; WaitList is the list's head
+ * - kBits: the StateBits
+ * - state(Lock&): the word, as std::atomic_ref<uint32_t>
+ * - wait_list(Lock&), empty_list(): the WaitList& in the lock; an empty local one
+ * - push_head, push_tail, erase(WaitList&, Waiter), first(WaitList&), next(WaitList&, Waiter),
+ * empty(WaitList&)
+ * - self(): this task's Waiter (may refuse: no return)
+ * - queued_already(): this task waits in a queue already, a bug that must not go on (no return)
+ * - wait_state(Waiter): a WaitState, as std::atomic_ref<uint8_t>
+ * - wait_mode(Waiter), set_wait_mode(Waiter, LockMode): what a queued waiter waits for
+ * - lock_list_contended(Lock&): wait until list_locked looks clear
+ * - sleep(), wake(Waiter): semaphore down on self, up on another; both may be spurious
+ * - sleep_begins, sleep_ended(Lock&, LockMode): reporting around a sleep
+ * - policy(), budget(): the WaitPolicy and SpinBudget in force
+ * - spare_for_ticks(): I4's bound, CycleClock ticks
+ * - set_owner(Lock&), owner(Lock&): this task took the lock; the slot of who did
+ * - set_spinner(Lock&), spinner(Lock&): likewise for the spinner
+ * - look(slot): the SchedState of a slot, the mirror's word
+ * - pace(): this task's PaceLearner
+ * - count(Lock&, LockEvent, uint64_t)
  */
 template <class Host>
 class AdaptiveLock {
@@ -213,7 +220,7 @@ class AdaptiveLock {
         // Pairs with the waiters' publication in unlock_list(): see the file's head.
         const uint32_t left = Host::state(lock).fetch_sub(hold) - hold;
         if (mode == LockMode::exclusive) Host::pace().released(&lock);
-        if ((left & (kBits.held_mask | kBits.has_waiters)) == kBits.has_waiters) [[unlikely]]
+        if (is_free_with_waiters(left)) [[unlikely]]
             after_release(lock, left);
     }
 
@@ -223,7 +230,7 @@ class AdaptiveLock {
         if (spinning_for_ == nullptr) return;
         Lock& lock = *std::exchange(spinning_for_, nullptr);
         const uint32_t left = Host::state(lock).fetch_and(~kBits.spinner) & ~kBits.spinner;
-        if ((left & (kBits.held_mask | kBits.has_waiters)) == kBits.has_waiters) after_release(lock, left);
+        if (is_free_with_waiters(left)) after_release(lock, left);
     }
 
   private:
@@ -233,6 +240,10 @@ class AdaptiveLock {
 
     static bool is_free_for(uint32_t state, LockMode mode) {
         return (state & (mode == LockMode::exclusive ? kBits.held_mask : kBits.exclusive)) == 0;
+    }
+
+    static bool is_free_with_waiters(uint32_t state) {
+        return (state & (kBits.held_mask | kBits.has_waiters)) == kBits.has_waiters;
     }
 
     static bool held_exclusively(Lock& lock) { return (Host::state(lock).load() & kBits.exclusive) != 0; }
@@ -263,8 +274,7 @@ class AdaptiveLock {
         if (mode == LockMode::exclusive) Host::pace().handed_over(&lock);
     }
 
-    // ---- the spinner
-    // ------------------------------------------------------------------------------------------
+    // ---- the spinner ----
 
     /// Phase 2. True if the lock was taken; false if the caller must queue, with the spinner bit given back.
     static bool spin(Lock& lock, LockMode mode) {
@@ -316,8 +326,7 @@ class AdaptiveLock {
         return true;
     }
 
-    // ---- the releaser
-    // -----------------------------------------------------------------------------------------
+    // ---- the releaser ----
 
     /// The lock was freed, leaving `left` in the state word, which has waiters.
     [[gnu::noinline]] static void after_release(Lock& lock, uint32_t left) {
@@ -366,8 +375,7 @@ class AdaptiveLock {
         update(lock, [] {});
     }
 
-    // ---- the wait list (I2)
-    // -----------------------------------------------------------------------------------
+    // ---- the wait list (I2) ----
 
     static void lock_list(Lock& lock) {
         while (Host::state(lock).fetch_or(kBits.list_locked) & kBits.list_locked)
