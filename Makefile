@@ -1,8 +1,15 @@
 # adaptive_lwlock
 #
-#   make check         from a bare clone: install packages, build, run every test
-#   make bench         from a bare clone: install packages, build, compare with a stock server
+# From a bare clone; each installs the packages that it needs, and builds:
+#   make check             every test of this tree
+#   make bench             compare with a stock server
+#   make check-core        PostgreSQL's own test suites, without the module and with it (an hour)
+#   make check-versions    build and test for every version of PostgreSQL, in chroots (ten minutes; more the first time)
+#   make check-aarch64     cross compile, and test the library and the patching under emulation
+#   make model             every interleaving of the waiting protocol, and what becomes of it with a rule broken
+#   make torture           ten minutes of torture (TORTURE_MINUTES=…)
 #
+# For a server that is installed:
 #   make               the module (PGXS) and the schedmirror command
 #   make install       both, into the server of PG_CONFIG
 #   make installcheck  SQL and isolation tests against a running server that has the module preloaded
@@ -15,7 +22,11 @@ PG_CONFIG ?= pg_config
 EXTENSION = adaptive_lwlock
 MODULE_big = adaptive_lwlock
 DATA = $(wildcard sql/adaptive_lwlock--*.sql)
-OBJS = $(patsubst %.cpp,%.o,$(sort $(wildcard extension/*.cpp extension/patch/*.cpp)))
+# A major version without a header of its own gets a module that says so and leaves the server alone.
+KNOWN_VERSION = $(wildcard extension/server/pg$(MAJORVERSION).h)
+SOURCES = $(filter-out extension/unknown_version.cpp,$(wildcard extension/*.cpp extension/patch/*.cpp))
+OBJS = $(patsubst %.cpp,%.o,$(sort $(if $(KNOWN_VERSION),$(SOURCES),extension/settings.cpp extension/unknown_version.cpp)))
+LIBRARY = $(if $(KNOWN_VERSION),build/libadaptive.a)
 
 REGRESS = $(patsubst regress/sql/%.sql,%,$(sort $(wildcard regress/sql/*.sql)))
 REGRESS_OPTS = --inputdir=regress --outputdir=build/regress --load-extension=adaptive_lwlock
@@ -26,7 +37,7 @@ ISOLATION_OPTS = --inputdir=regress --outputdir=build/isolation --load-extension
 # The server's headers come with -isystem: their warnings are not ours.
 PG_CPPFLAGS = -I. -Isrc -isystem $(shell $(PG_CONFIG) --includedir-server)
 PG_CXXFLAGS = -std=c++20 -Wextra -fno-exceptions -fno-rtti -fno-threadsafe-statics -MMD -MP
-SHLIB_LINK = build/libadaptive.a
+SHLIB_LINK = $(LIBRARY)
 EXTRA_CLEAN = build $(OBJS:.o=.d)
 
 # Bitcode lets the JIT inline SQL functions: there is nothing to gain here.
@@ -34,8 +45,10 @@ override with_llvm = no
 
 all:
 
-# `make check` and `make bench` start where no server may be installed yet; their scripts come back to this Makefile.
-ifneq (,$(filter-out check bench,$(or $(MAKECMDGOALS),all)))
+# These start where no server may be installed yet; their scripts come back to this Makefile.
+FROM_BARE_CLONE = check bench check-core check-versions check-aarch64 model torture
+
+ifneq (,$(filter-out $(FROM_BARE_CLONE),$(or $(MAKECMDGOALS),all)))
 PGXS := $(shell $(PG_CONFIG) --pgxs)
 ifeq (,$(PGXS))
 $(error $(PG_CONFIG) does not run: set PG_CONFIG, or have scripts/setup install what is missing)
@@ -45,7 +58,7 @@ include src/build.mk extension/patch/build.mk
 -include $(OBJS:.o=.d)
 
 $(OBJS): Makefile
-$(shlib): build/libadaptive.a
+$(shlib): $(LIBRARY)
 
 ifneq ($(SCHEDMIRROR),no)
 all: build/schedmirror
@@ -69,9 +82,9 @@ build:
 	$(MKDIR_P) $@
 endif
 
-ifneq (,$(filter check bench,$(MAKECMDGOALS)))
+ifneq (,$(filter $(FROM_BARE_CLONE),$(MAKECMDGOALS)))
 export PG_CONFIG
-.PHONY: check bench
-check bench:
+.PHONY: $(FROM_BARE_CLONE)
+$(FROM_BARE_CLONE):
 	@scripts/$@
 endif

@@ -9,6 +9,8 @@
 
 #include "lwlock_api.h"
 
+#include <iterator>
+
 #include "lwlock_host.h"
 
 // Raised by a tracer that attaches to the probe of the same name; see lwlock_probes.h.
@@ -106,10 +108,18 @@ bool acquire_or_wait(LWLock* lock, LWLockMode mode) {
     return true;
 }
 
+// Whoever sees a variable's new value sees also what was written before it.
+uint64 read(server::Variable* variable) {
+    return server::value_of(variable).load(std::memory_order_acquire);
+}
+void write(server::Variable* variable, uint64 value) {
+    server::value_of(variable).store(value, std::memory_order_release);
+}
+
 bool wait_for_var(LWLock* lock, server::Variable* variable, uint64 old_value, uint64* new_value) {
     HOLD_INTERRUPTS();
     const bool freed = Waiting::wait_until(*lock, [&] {
-        const uint64 value = server::read(variable);
+        const uint64 value = read(variable);
         if (value == old_value) return false;
         *new_value = value;
         return true;
@@ -119,7 +129,7 @@ bool wait_for_var(LWLock* lock, server::Variable* variable, uint64 old_value, ui
 }
 
 void update_var(LWLock* lock, server::Variable* variable, uint64 value) {
-    Waiting::update(*lock, [&] { server::write(variable, value); });
+    Waiting::update(*lock, [&] { write(variable, value); });
 }
 
 void release(LWLock* lock) {
@@ -130,9 +140,21 @@ void release(LWLock* lock) {
 }
 
 void release_clear_var(LWLock* lock, server::Variable* variable, uint64 value) {
-    // Before the release, or the next holder's value could be overwritten.
-    Waiting::with_list_locked(*lock, [&] { server::write(variable, value); });
+    // Before the release, or the next holder's value could be overwritten. Those who wait for the variable are
+    // woken by the release.
+    write(variable, value);
     release(lock);
+}
+
+// The lock stays held, by an I/O under way, and any process may be the one to release it.
+void disown(LWLock* lock) {
+    if (forget(lock) == LW_EXCLUSIVE) LwlockHost::set_no_owner(*lock);
+    RESUME_INTERRUPTS();
+}
+
+void release_disowned(LWLock* lock, LWLockMode mode) {
+    Waiting::release(*lock, waiting_mode(mode));
+    probe::released(*lock);
 }
 
 void release_all() {
@@ -175,23 +197,53 @@ patch::Replacement replace(const char* name, Function* original, Function* repla
     return {name, reinterpret_cast<void*>(original), reinterpret_cast<void*>(replacement), args};
 }
 
+/// A function that uses nothing but the server's list of locks held. Whatever else uses the list is a copy of one
+/// of the functions.
+patch::Replacement marking(patch::Replacement replacement) {
+    replacement.marks_copies = true;
+    return replacement;
+}
+
+/// Appends those that this version of the server has; returns how many there are then.
+template <size_t kN>
+int append_present(patch::Replacement* list, int n, const patch::Replacement (&functions)[kN]) {
+    for (const patch::Replacement& f : functions)
+        if (f.original != nullptr) list[n++] = f;
+    return n;
+}
+
 }  // namespace
 
+patch::Result install() {
 #define REPLACE(original, replacement, args) replace(#original, original, replacement, args)
-const patch::Replacement kReplacements[kFunctions] = {
-    REPLACE(LWLockAcquire, acquire, 2),
-    REPLACE(LWLockConditionalAcquire, conditional_acquire, 2),
-    REPLACE(LWLockAcquireOrWait, acquire_or_wait, 2),
-    REPLACE(LWLockWaitForVar, wait_for_var, 4),
-    REPLACE(LWLockUpdateVar, update_var, 3),
-    REPLACE(LWLockRelease, release, 1),
-    REPLACE(LWLockReleaseClearVar, release_clear_var, 3),
-    REPLACE(LWLockReleaseAll, release_all, 0),
-    REPLACE(ForEachLWLockHeldByMe, for_each_held_by_me, 2),
-    REPLACE(LWLockHeldByMe, held_by_me, 1),
-    REPLACE(LWLockAnyHeldByMe, any_held_by_me, 3),
-    REPLACE(LWLockHeldByMeInMode, held_by_me_in_mode, 2),
-};
+    const patch::Replacement needed[] = {
+        REPLACE(LWLockAcquire, acquire, 2),
+        REPLACE(LWLockConditionalAcquire, conditional_acquire, 2),
+        REPLACE(LWLockAcquireOrWait, acquire_or_wait, 2),
+        REPLACE(LWLockWaitForVar, wait_for_var, 4),
+        REPLACE(LWLockUpdateVar, update_var, 3),
+        REPLACE(LWLockRelease, release, 1),
+        REPLACE(LWLockReleaseAll, release_all, 0),
+        REPLACE(ForEachLWLockHeldByMe, for_each_held_by_me, 2),
+        marking(REPLACE(LWLockHeldByMe, held_by_me, 1)),
+        marking(REPLACE(LWLockAnyHeldByMe, any_held_by_me, 3)),
+        marking(REPLACE(LWLockHeldByMeInMode, held_by_me_in_mode, 2)),
+        replace("LWLockDisown", server::kDisown, disown, 1),
+    };
+    // Since version 17, and compiled without branch protection, these can be little more than a jump, which
+    // leaves no room for a patch. They do right beside the replacements too: one ends in a call of
+    // LWLockRelease(), the other knows only the state word and the wait list.
+    const patch::Replacement dispensable[] = {
+        REPLACE(LWLockReleaseClearVar, release_clear_var, 3),
+        replace("LWLockReleaseDisowned", server::kReleaseDisowned, release_disowned, 2),
+    };
+#undef REPLACE
+    patch::Replacement list[std::size(needed) + std::size(dispensable)];
+    const int n_needed = append_present(list, 0, needed);
+    const int n = append_present(list, n_needed, dispensable);
+    const patch::Result all = patch::install(list, n);
+    return all.ok || !all.intact ? all : patch::install(list, n_needed);
+}
 
 int held_count() {
     return num_held;

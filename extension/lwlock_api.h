@@ -1,12 +1,12 @@
 #pragma once
-/* The server's LWLock functions, replaced: the list for the patcher, and what the self-check needs. */
+/* The server's LWLock functions, replaced, and what the self-check needs. */
 
 #include "patch/patch.h"
 
 namespace adaptive::lwlock_api {
 
-constexpr int kFunctions = 12;
-extern const patch::Replacement kReplacements[kFunctions];
+/// Puts the replacements in place of the server's functions. Undone by patch::remove().
+patch::Result install();
 
 /// How many locks this process holds by the replacement's own list.
 int held_count();

@@ -74,13 +74,13 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
         elog(PANIC, "queueing for lock while waiting on another one");
     }
     static std::atomic_ref<uint8_t> wait_state(Waiter w) {
-        return std::atomic_ref<uint8_t>(server::proc_by_number(w)->lwWaiting);
+        return std::atomic_ref<uint8_t>(GetPGProcByNumber(w)->lwWaiting);
     }
     static LockMode wait_mode(Waiter w) {
-        return static_cast<LockMode>(server::proc_by_number(w)->lwWaitMode);
+        return static_cast<LockMode>(GetPGProcByNumber(w)->lwWaitMode);
     }
     static void set_wait_mode(Waiter w, LockMode mode) {
-        server::proc_by_number(w)->lwWaitMode = static_cast<uint8>(mode);
+        GetPGProcByNumber(w)->lwWaitMode = static_cast<uint8>(mode);
     }
 
     // ---- sleeping ----
@@ -88,7 +88,7 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
         PGSemaphoreLock(MyProc->sem);
     }
     static void wake(Waiter w) {
-        PGSemaphoreUnlock(server::proc_by_number(w)->sem);
+        PGSemaphoreUnlock(GetPGProcByNumber(w)->sem);
     }
     static void sleep_begins(LWLock & lock, LockMode mode) {
         pgstat_report_wait_start(PG_WAIT_LWLOCK | lock.tranche);
@@ -117,12 +117,15 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
         return settings::kSpareForMicroseconds * CycleClock::ticks_per_microsecond();
     }
 
-    static PaceLearner& pace() {
-        return pace_;
+    static LockTask<LWLock>& task() {
+        return task_;
     }
 
     static void set_owner(LWLock & lock) {
         owner_of(lock).store(backend_mirror::slot(), std::memory_order_relaxed);
+    }
+    static void set_no_owner(LWLock & lock) {
+        owner_of(lock).store(0, std::memory_order_relaxed);
     }
     static SlotId owner(LWLock & lock) {
         return owner_of(lock).load(std::memory_order_relaxed);
@@ -142,7 +145,7 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
     }
 
   private:
-    static inline PaceLearner pace_;
+    static inline LockTask<LWLock> task_;
     static constexpr size_t kLink = offsetof(PGPROC, lwWaitLink);
 
     static std::atomic_ref<SlotId> owner_of(LWLock & lock) {

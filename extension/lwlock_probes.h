@@ -29,11 +29,11 @@ inline void released(const LWLock& lock) {
 }
 inline void wait_start(const LWLock& lock, LockMode mode) {
     if (TRACE_POSTGRESQL_LWLOCK_WAIT_START_ENABLED())
-        TRACE_POSTGRESQL_LWLOCK_WAIT_START(tranche_name(lock), static_cast<int>(mode));
+        TRACE_POSTGRESQL_LWLOCK_WAIT_START(tranche_name(lock), static_cast<LWLockMode>(mode));
 }
 inline void wait_done(const LWLock& lock, LockMode mode) {
     if (TRACE_POSTGRESQL_LWLOCK_WAIT_DONE_ENABLED())
-        TRACE_POSTGRESQL_LWLOCK_WAIT_DONE(tranche_name(lock), static_cast<int>(mode));
+        TRACE_POSTGRESQL_LWLOCK_WAIT_DONE(tranche_name(lock), static_cast<LWLockMode>(mode));
 }
 inline void conditionally_acquired(const LWLock& lock, LWLockMode mode) {
     if (TRACE_POSTGRESQL_LWLOCK_CONDACQUIRE_ENABLED())

@@ -17,6 +17,7 @@
 #include "stats.h"
 
 extern "C" {
+#include "common/config_info.h"
 PG_MODULE_MAGIC;
 PGDLLEXPORT void _PG_init(void);
 }
@@ -46,12 +47,19 @@ bool server_calls_replacement() {
     auto* owner = reinterpret_cast<volatile SlotId*>(reinterpret_cast<char*>(lock) + server::kOwnerOffset);
     volatile bool raised = false;
 
+    // Functions that were left to the server must do right by the replacement's list of held locks.
+    static LWLock own_lock;
+    server::Variable variable = {};
+    LWLockInitialize(&own_lock, LWTRANCHE_FIRST_USER_DEFINED);
+
     *owner = 0;
     backend_mirror::internal::own_slot = kMark;
     PG_TRY();
     {
         bool found;
         ShmemInitStruct("adaptive_lwlock self-check", 1, &found);
+        LWLockAcquire(&own_lock, LW_EXCLUSIVE);
+        LWLockReleaseClearVar(&own_lock, &variable, 1);
     }
     PG_CATCH();
     {
@@ -63,7 +71,8 @@ bool server_calls_replacement() {
     PG_END_TRY();
     backend_mirror::internal::own_slot = 0;
 
-    const uint32 held = pg_atomic_read_u32(&lock->state) & server::kLockBits.held_mask;
+    const uint32 held = (pg_atomic_read_u32(&lock->state) | pg_atomic_read_u32(&own_lock.state)) &
+                        server::kLockBits.held_mask;
     return !raised && *owner == kMark && held == 0 && lwlock_api::held_count() == 0;
 }
 
@@ -71,16 +80,33 @@ bool server_calls_replacement() {
 void back_to_stock() {
     LWLockReleaseAll();
     const patch::Result removed = patch::remove();
-    if (!removed.ok && !removed.intact) elog(FATAL, "adaptive_lwlock: %s", removed.reason);
+    // Some functions are replaced and some are not: nobody could take a lock and release it again.
+    if (!removed.ok) elog(FATAL, "adaptive_lwlock: %s", removed.reason);
     LWLockReleaseAll();
     functions_replaced = 0;
+}
+
+/// What the server itself says of how it was built. Copies of functions that do not use the list of locks held
+/// cannot be found.
+bool optimized_at_link_time() {
+    size_t n;
+    const ConfigData* const settings = get_configdata(my_exec_path, &n);
+    for (size_t i = 0; i < n; i++)
+        if (strstr(settings[i].setting, "-flto") != nullptr) return true;
+    return false;
 }
 
 void replace_functions() {
     // Shared memory is set up again after a crash; the code pages stay as they are.
     static bool installed = false;
     if (!installed) {
-        const patch::Result result = patch::install(lwlock_api::kReplacements, lwlock_api::kFunctions);
+        if (optimized_at_link_time()) {
+            strlcpy(reason,
+                    "the server was built with link-time optimization, which inlines and clones functions",
+                    sizeof(reason));
+            return;
+        }
+        const patch::Result result = lwlock_api::install();
         if (!result.ok) {
             if (!result.intact) elog(FATAL, "adaptive_lwlock: %s", result.reason);
             strlcpy(reason, result.reason, sizeof(reason));
@@ -141,6 +167,7 @@ void _PG_init(void) {
 
     module::loaded_by_postmaster = true;
     settings::define();
+    MarkGUCPrefixReserved("adaptive_lwlock");
     CycleClock::calibrate();
     backend_mirror::register_callbacks();
     module::previous_request_hook = shmem_request_hook;

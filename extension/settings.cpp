@@ -1,4 +1,8 @@
-#include "server/server.h"
+extern "C" {
+#include "postgres.h"
+
+#include "utils/guc.h"
+}
 
 #include "settings.h"
 
@@ -41,7 +45,6 @@ void define() {
         "auto: bpf if it is there, else rseq. off: nothing.",
         &sched_state, static_cast<int>(SchedStateSource::automatic), kSources, PGC_POSTMASTER, 0, nullptr,
         nullptr, nullptr);
-    MarkGUCPrefixReserved("adaptive_lwlock");
 }
 
 const char* mode_name() {

@@ -65,7 +65,7 @@ Datum adaptive_lwlock_status(PG_FUNCTION_ARGS) {
     row.add_text(mirror.source);
     row.add_text(mirror.source_reason);
     row.add_text(settings::mode_name());
-    row.add_text(PG_VERSION);
+    row.add_text(GetConfigOption("server_version", false, false));
     row.add(Int32GetDatum(status.functions_replaced));
     row.add(Int32GetDatum(static_cast<int32>(mirror.slots_used)));
     row.add(Int32GetDatum(static_cast<int32>(mirror.slots_total)));

@@ -7,7 +7,8 @@
 B := build
 ADAPTIVE_CXX ?= g++
 ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP
-CLANG ?= clang
+# PGXS sets it to nothing where the server was built without LLVM.
+CLANG := $(or $(CLANG),clang)
 BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
 
 LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp)
@@ -33,7 +34,7 @@ $(B)/libadaptive.a: $(LIB_OBJECTS)
 # clang's BPF target does not know the multiarch directory that <linux/types.h> needs for <asm/types.h>.
 $(B)/schedmirror.bpf.o: src/schedmirror/schedmirror.bpf.c src/mirror/sched_slot.h
 	@mkdir -p $(@D)
-	$(CLANG) -target bpf -mcpu=v3 -O2 -g -Wall -Isrc -I/usr/include/$(shell $(ADAPTIVE_CXX) -print-multiarch) -c $< -o $@
+	$(CLANG) -target bpf -mcpu=v3 -O2 -g -Wall -Isrc -I$(shell $(ADAPTIVE_CXX) -print-sysroot)/usr/include/$(shell $(ADAPTIVE_CXX) -print-multiarch) -c $< -o $@
 
 $(B)/schedmirror.skel.h: $(B)/schedmirror.bpf.o
 	$(BPFTOOL) gen skeleton $< name schedmirror_bpf > $@.tmp
@@ -44,10 +45,18 @@ $(B)/schedmirror: src/schedmirror/main.cpp src/schedmirror/loader.cpp $(B)/sched
 
 $(UNIT_TESTS): $(B)/unit/%: regress/unit/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
-	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lgtest -lgtest_main -lpthread -o $@
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lgtest -lgtest_main -lpthread $(LDLIBS) -o $@
+
+$(B)/unit/interleavings_test: LDLIBS += -lboost_context
 
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
--include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(B)/switch_cost.d $(wildcard $(B)/schedmirror*.d)
+.PHONY: lock_torture
+lock_torture: $(B)/lock_torture
+$(B)/lock_torture: regress/torture/lock_torture.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
+
+-include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)

@@ -110,4 +110,8 @@ void encode_thunk(uint8_t* out, const FirstInstruction& first, uintptr_t target)
     std::memcpy(out + 16, &target, sizeof target);
 }
 
+bool names_data(const uint8_t*, uintptr_t*) noexcept {
+    return false;
+}
+
 }  // namespace adaptive::patch::aarch64

@@ -24,6 +24,9 @@ struct FirstInstruction {
 //   is_breakpoint()   whether these bytes are such a breakpoint
 //   encode_jump()     a jump from address `from` to address `to`
 //   encode_thunk()    undoes `first`, then goes to `target`; kThunkBytes at most, position-independent
+//   names_data()      whether an instruction may lie here that names data by its distance from the code, with
+//                     its opcode at `code`, and the address of that data
+//   kDataBytes        how many bytes names_data() looks at; 0: what data code uses cannot be told so
 inline constexpr size_t kThunkBytes = 32;
 inline constexpr size_t kMostJumpBytes = 8;
 
@@ -35,6 +38,8 @@ bool recognise(const uint8_t* code, size_t size, int int_args, FirstInstruction*
 bool is_breakpoint(const uint8_t* code) noexcept;
 void encode_jump(uint8_t* out, uintptr_t from, uintptr_t to) noexcept;
 void encode_thunk(uint8_t* out, const FirstInstruction& first, uintptr_t target) noexcept;
+inline constexpr size_t kDataBytes = 6;
+bool names_data(const uint8_t* code, uintptr_t* data) noexcept;
 }  // namespace x86_64
 
 namespace aarch64 {
@@ -45,6 +50,9 @@ bool recognise(const uint8_t* code, size_t size, int int_args, FirstInstruction*
 bool is_breakpoint(const uint8_t* code) noexcept;
 void encode_jump(uint8_t* out, uintptr_t from, uintptr_t to) noexcept;
 void encode_thunk(uint8_t* out, const FirstInstruction& first, uintptr_t target) noexcept;
+inline constexpr size_t kDataBytes =
+    0;  // all variables of a file are named by their distance from one anchor
+bool names_data(const uint8_t* code, uintptr_t* data) noexcept;
 }  // namespace aarch64
 
 #if defined(__x86_64__)

@@ -32,6 +32,13 @@
 // the program was touched; when it objects only later, the program's pages are mapped again from the file.
 // Memory is never writable and executable.
 //
+// Copies. A replaced function must be the only one that does its work. Link-time optimization inlines
+// functions into callers in other files, and clones them for some callers, while the symbol stays where it
+// was: who calls a copy would miss the replacement and the state that it keeps. Symbols do not tell, servers
+// are stripped. But a copy uses the static variables of the original, so all code is searched for
+// instructions that name one of these. Some bytes only look like such an instruction: in five megabytes of
+// code that costs one build in ten thousand its replacement, no more.
+//
 // What it makes unusable: breakpoints and uprobes *inside* the few bytes under the jump must not be set, and
 // those further inside the old function, including its static probes, do not fire. The thunk has no unwind
 // information; a profiler's sample in its two instructions may miss the caller, no more. On aarch64 a changed
@@ -46,6 +53,7 @@
 #include <sys/prctl.h>
 
 #include <cerrno>
+#include <cinttypes>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -67,6 +75,7 @@ constexpr const char* kThunksName = "adaptive_lwlock thunks";
 struct Patch {
     const char* name;
     uint8_t* entry;
+    size_t size;
     uint8_t* at;  // where the jump goes: behind the first instruction
     uintptr_t replacement;
     FirstInstruction first;
@@ -155,6 +164,7 @@ Result examine(const ProgramText& text, const Replacement& wanted, Patch* patch)
 
     patch->name = name;
     patch->entry = static_cast<uint8_t*>(wanted.original);
+    patch->size = symbol->st_size;
     patch->replacement = reinterpret_cast<uintptr_t>(wanted.replacement);
     if (!native::recognise(file, known, wanted.int_args, &patch->first)) {
         char bytes[3 * kMostEntryBytes + 1] = "";
@@ -179,6 +189,53 @@ Result examine(const ProgramText& text, const Replacement& wanted, Patch* patch)
     return success(1);
 }
 
+// The static variables that every function which marks copies uses.
+struct Marks {
+    static constexpr int kMost = 8;
+    uintptr_t data[kMost];
+    int n = -1;  // there was no such function yet
+
+    bool has(uintptr_t address) const noexcept {
+        for (int i = 0; i < n; i++)
+            if (data[i] == address) return true;
+        return false;
+    }
+    void intersect(const uint8_t* code, size_t size) noexcept {
+        Marks both;
+        both.n = 0;
+        for (const uint8_t* at = code; at + native::kDataBytes <= code + size && both.n < kMost; at++) {
+            uintptr_t address;
+            if (native::names_data(at, &address) && (n < 0 || has(address)) && !both.has(address))
+                both.data[both.n++] = address;
+        }
+        *this = both;
+    }
+};
+
+Result check_no_copies(const ProgramText& text, const Replacement* replacements, const Patch* patches,
+                       int n) {
+    if (native::kDataBytes == 0) return success(n);
+    Marks marks;
+    for (int i = 0; i < n; i++)
+        if (replacements[i].marks_copies) marks.intersect(patches[i].entry, patches[i].size);
+    if (marks.n < 0) return success(n);
+    if (marks.n == 0) return refusal("the variables of the functions to be replaced cannot be found");
+
+    for (const uint8_t* at = text.begin(); at + native::kDataBytes <= text.end(); at++) {
+        uintptr_t address;
+        if (!native::names_data(at, &address) || !marks.has(address)) continue;
+        bool inside = false;
+        for (int i = 0; i < n; i++)
+            inside |= at >= patches[i].entry && at < patches[i].entry + patches[i].size;
+        if (inside) continue;
+        const auto base = reinterpret_cast<uintptr_t>(object_of(at));
+        return refusal("the program has a copy of a function to be replaced, at 0x%" PRIxPTR
+                       " (a build with link-time optimization?)",
+                       reinterpret_cast<uintptr_t>(at) - base);
+    }
+    return success(n);
+}
+
 Result examine_all(ProgramText& text, const Replacement* replacements, int n, Patch* patches) {
     char why[200];
     if (!text.open(replacements[0].original, why, sizeof why))
@@ -192,7 +249,7 @@ Result examine_all(ProgramText& text, const Replacement* replacements, int n, Pa
             if (patches[j].entry == patches[i].entry)
                 return refusal("functions %s and %s share their code", patches[j].name, patches[i].name);
     }
-    return success(n);
+    return check_no_copies(text, replacements, patches, n);
 }
 
 // Children inherit the thunks as they inherit the patched pages.
@@ -282,9 +339,11 @@ Result install(const Replacement* replacements, int n) noexcept {
 Result remove() noexcept {
     if (installed.n == 0) return success(0);
     Result result = check_single_threaded();
-    for (int i = 0; result.ok && i < installed.n; i++)
-        if (!holds(installed.patches[i], installed.patches[i].jump))
-            result = refusal("function %s was changed by another module since", installed.patches[i].name);
+    for (int i = 0; result.ok && i < installed.n; i++) {
+        const Patch& patch = installed.patches[i];
+        if (!holds(patch, patch.jump) && !holds(patch, patch.original))
+            result = refusal("function %s was changed by another module since", patch.name);
+    }
     if (!result.ok) {
         result.replaced = installed.n;
         return result;

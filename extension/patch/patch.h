@@ -23,6 +23,9 @@ struct Replacement {
     void* replacement;  // same prototype, in any module
     int int_args;  // how many integer or pointer arguments the function takes in registers: what must survive
                    // the original's first instruction
+    // The function's variables tell a copy of any of the functions: nothing but these functions may use a
+    // variable that all functions marked so use.
+    bool marks_copies = false;
 };
 
 struct Result {

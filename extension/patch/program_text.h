@@ -27,6 +27,8 @@ class ProgramText {
     bool reopen() noexcept;
     void close() noexcept;
 
+    const uint8_t* begin() const noexcept { return reinterpret_cast<const uint8_t*>(start_); }
+    const uint8_t* end() const noexcept { return reinterpret_cast<const uint8_t*>(end_); }
     bool contains(const void* address, size_t bytes) const noexcept;
     bool read_file(const void* address, uint8_t* out, size_t bytes) const noexcept;
 

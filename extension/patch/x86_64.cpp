@@ -168,6 +168,39 @@ void encode_jump(uint8_t* out, uintptr_t from, uintptr_t to) noexcept {
     std::memcpy(out + 1, &distance, sizeof distance);
 }
 
+// ModRM with mod 0 and rm 5 is disp32(%rip), which counts from the end of the instruction: behind the immediate.
+bool names_data(const uint8_t* code, uintptr_t* data) noexcept {
+    const uint8_t opcode = code[0], modrm = code[1], extension = modrm >> 3 & 7;
+    if ((modrm & 0xc7) != 5) return false;
+    int32_t distance;
+    std::memcpy(&distance, code + 2, sizeof distance);
+    size_t immediate = 0;
+    switch (opcode) {
+        case 0x6b:
+        case 0x80:
+        case 0x83:
+        case 0xc0:
+        case 0xc1:
+        case 0xc6:
+            immediate = 1;
+            break;
+        case 0x69:
+        case 0x81:
+        case 0xc7:
+            immediate = 4;
+            break;
+        case 0xf6:  // test, and others that have none
+            immediate = extension < 2 ? 1 : 0;
+            break;
+        case 0xf7:
+            immediate = extension < 2 ? 4 : 0;
+            break;
+    }
+    const uintptr_t end = reinterpret_cast<uintptr_t>(code) + kDataBytes + immediate;
+    *data = end + static_cast<uintptr_t>(intptr_t{distance});
+    return true;
+}
+
 // `notrack`, because nothing says that the replacement begins with endbr64; without CET it means nothing.
 void encode_thunk(uint8_t* out, const FirstInstruction& first, uintptr_t target) noexcept {
     constexpr uint8_t kJump[] = {0x3e, 0xff, 0x25, 0, 0, 0, 0};  // notrack jmp *0(%rip)

@@ -5,8 +5,6 @@
 
 namespace adaptive::server {
 
-constexpr int kMajorVersion = 15;
-
 constexpr StateBits kLockBits = {
     .has_waiters = 1u << 30,
     .release_ok = 1u << 29,
@@ -18,22 +16,17 @@ constexpr StateBits kLockBits = {
     .held_mask = (1u << 25) - 1,
 };
 
-/// A variable guarded by an LWLock. Reads and writes are atomic because they are made with the wait list
-/// locked.
 using Variable = uint64;
-inline uint64 read(const Variable* v) {
-    return *const_cast<const volatile uint64*>(v);
+inline std::atomic_ref<uint64> value_of(Variable* v) {
+    return std::atomic_ref<uint64>(*v);
 }
-inline void write(Variable* v, uint64 value) {
-    *const_cast<volatile uint64*>(v) = value;
-}
+
+constexpr Disown* kDisown = nullptr;
+constexpr ReleaseDisowned* kReleaseDisowned = nullptr;
 
 constexpr int kNobody = INVALID_PGPROCNO;
 inline int proc_number(const PGPROC* proc) {
     return proc->pgprocno;
-}
-inline PGPROC* proc_by_number(int number) {
-    return GetPGProcByNumber(number);
 }
 
 }  // namespace adaptive::server

@@ -3,11 +3,12 @@
  * The server's headers, as C, and the one header that knows this major version.
  *
  * A version header defines, in namespace adaptive::server:
- *   kMajorVersion, kLockBits            the major version; the bits of LWLock.state
- *   Variable                            what LWLockWaitForVar() and friends watch, with read()/write()
- *   kNobody, proc_number(), proc_by_number()    how the wait list names a PGPROC
- * Whoever supports a new major version writes such a header and lists it here; nothing else asks for the
- * version.
+ *   kLockBits                    the bits of LWLock.state
+ *   Variable, value_of()         what LWLockWaitForVar() and friends watch
+ *   kDisown, kReleaseDisowned    these functions of the server, or null where it has none
+ *   kNobody, proc_number()       how the wait list names a PGPROC
+ * Whoever supports a new major version writes such a header and lists it here. Nothing else asks for the
+ * version: for one without a header pgNN.h the Makefile builds unknown_version.cpp instead of the module.
  */
 
 extern "C" {
@@ -30,12 +31,25 @@ extern "C" {
 #include "utils/wait_event.h"
 }
 
+#include <atomic>
 #include <cstddef>
 
-#if PG_VERSION_NUM >= 150000 && PG_VERSION_NUM < 160000
+namespace adaptive::server {
+
+// Since version 18.
+using Disown = void(LWLock* lock);
+using ReleaseDisowned = void(LWLock* lock, LWLockMode mode);
+
+}  // namespace adaptive::server
+
+#if PG_MAJORVERSION_NUM == 15
 #include "pg15.h"
+#elif PG_MAJORVERSION_NUM == 17
+#include "pg17.h"
+#elif PG_MAJORVERSION_NUM == 18
+#include "pg18.h"
 #else
-#error "adaptive_lwlock does not know this major version of PostgreSQL; it knows 15"
+#error "no header for this major version of PostgreSQL"
 #endif
 
 namespace adaptive::server {

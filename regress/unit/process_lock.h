@@ -27,6 +27,7 @@ using SharedHook =
 
 struct Seat : SharedHook {
     sem_t semaphore;
+    std::atomic<bool> asleep{false};  // queued, and past the last attempt
     uint8_t wait_state = 0;
     LockMode wait_mode = LockMode::exclusive;
 };
@@ -62,7 +63,7 @@ struct ProcessHost {
         return SchedState::unknown;
     };
     static inline thread_local uint64_t counts[static_cast<int>(LockEvent::spin_ticks) + 1] = {};
-    static inline thread_local PaceLearner learner;
+    static inline thread_local LockTask<SharedLock> lock_task;
     static inline uint64_t spin_microseconds = 100;
 
     static std::atomic_ref<uint32_t> state(Lock& l) { return std::atomic_ref<uint32_t>(l.state); }
@@ -94,8 +95,8 @@ struct ProcessHost {
         }
     }
     static void wake(Waiter w) { sem_post(&w->semaphore); }
-    static void sleep_begins(Lock&, LockMode) {}
-    static void sleep_ended(Lock&, LockMode) {}
+    static void sleep_begins(Lock&, LockMode) { seat->asleep = true; }
+    static void sleep_ended(Lock&, LockMode) { seat->asleep = false; }
     static void lock_list_contended(Lock&) { sched_yield(); }
 
     static WaitPolicy policy() { return wait_policy; }
@@ -104,7 +105,7 @@ struct ProcessHost {
         return {.watched = ticks, .unwatched = ticks / 5};
     }
     static uint64_t spare_for_ticks() { return 1000 * CycleClock::ticks_per_microsecond(); }
-    static PaceLearner& pace() { return learner; }
+    static LockTask<SharedLock>& task() { return lock_task; }
     static void set_owner(Lock& l) { l.owner.store(slot, std::memory_order_relaxed); }
     static uint16_t owner(Lock& l) { return l.owner.load(std::memory_order_relaxed); }
     static void set_spinner(Lock& l) { l.spinner.store(slot, std::memory_order_relaxed); }

@@ -16,7 +16,7 @@
  * 1. attempt: take the lock if it is free.
  * 2. spin on owner: attempt again and again until the owner is off its CPU or the budget is spent. A writer
  *    does so only as *the* spinner (bit `spinner`), unless one runs already: one keeps the line quiet.
- * Readers, who can all enter together, spin without the bit.
+ *    Readers, who can all enter together, spin without the bit.
  * 3. queue: put yourself on the wait list.
  * 4. last attempt: the lock may have been freed between 1 and 3, when nobody could know that you would sleep.
  * 5. sleep; when woken, start again at 1.
@@ -30,9 +30,8 @@
  * running party has the duty to wake or to take the lock:
  * - the releaser, until it has woken or seen the spinner bit;
  * - the spinner, until it acquires (then it is a holder, whose release comes) or clears the bit and makes its
- *   last attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody whose
- * release happens after the bit was cleared: that release wakes, unless the next spinner has taken the duty
- * over;
+ *   last attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody whose release
+ *   happens after the bit was cleared: that release wakes, unless the next spinner has taken the duty over;
  * - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next attempt.
  *
  * I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change only under
@@ -98,6 +97,14 @@ struct StateBits {
     uint32_t held_mask;    ///< every bit of a hold, exclusive or shared
 };
 
+/// What a task keeps of its own between its calls. Starts empty; belongs to one task, also in memory that is shared.
+template <class Lock>
+struct LockTask {
+    PaceLearner pace;
+    Lock* spinning_for = nullptr;  ///< the lock whose spinner bit is this task's
+    uint64_t sparing_since = 0;    ///< 0: the last wake-up that was due was sent
+};
+
 /**
  * The protocol over a Host, which says what a lock, a waiter and sleeping are. All of Host is static:
  *
@@ -119,7 +126,7 @@ struct StateBits {
  * - set_owner(Lock&), owner(Lock&): this task took the lock; the slot of who did
  * - set_spinner(Lock&), spinner(Lock&): likewise for the spinner
  * - look(slot): the SchedState of a slot, the mirror's word
- * - pace(): this task's PaceLearner
+ * - task(): this task's LockTask
  * - count(Lock&, LockEvent, uint64_t)
  */
 template <class Host>
@@ -132,7 +139,7 @@ class AdaptiveLock {
   public:
     /// Takes the lock. True if it was free at once, false if it had to be waited for, spinning or asleep.
     static bool acquire(Lock& lock, LockMode mode) {
-        if (mode == LockMode::exclusive) Host::pace().acquiring(&lock);
+        if (mode == LockMode::exclusive) Host::task().pace.acquiring(&lock);
         if (attempt(lock, mode)) [[likely]] {
             Host::set_owner(lock);
             return true;
@@ -219,7 +226,7 @@ class AdaptiveLock {
         const uint32_t hold = hold_of(mode);
         // Pairs with the waiters' publication in unlock_list(): see the file's head.
         const uint32_t left = Host::state(lock).fetch_sub(hold) - hold;
-        if (mode == LockMode::exclusive) Host::pace().released(&lock);
+        if (mode == LockMode::exclusive) Host::task().pace.released(&lock);
         if (is_free_with_waiters(left)) [[unlikely]]
             after_release(lock, left);
     }
@@ -227,8 +234,8 @@ class AdaptiveLock {
     /// For a task that was thrown out of an acquire (an exit in a signal handler): nobody else would clear
     /// its bit.
     static void abandon_spin() {
-        if (spinning_for_ == nullptr) return;
-        Lock& lock = *std::exchange(spinning_for_, nullptr);
+        if (Host::task().spinning_for == nullptr) return;
+        Lock& lock = *std::exchange(Host::task().spinning_for, nullptr);
         const uint32_t left = Host::state(lock).fetch_and(~kBits.spinner) & ~kBits.spinner;
         if (is_free_with_waiters(left)) after_release(lock, left);
     }
@@ -271,7 +278,7 @@ class AdaptiveLock {
             if (attempt(lock, mode)) break;
         }
         Host::set_owner(lock);
-        if (mode == LockMode::exclusive) Host::pace().handed_over(&lock);
+        if (mode == LockMode::exclusive) Host::task().pace.handed_over(&lock);
     }
 
     // ---- the spinner ----
@@ -287,12 +294,12 @@ class AdaptiveLock {
             [&] { return attempt(lock, mode, mode == LockMode::exclusive ? kBits.spinner : 0); },
             [&] { return Host::owner(lock); },
             [&](auto owner) { return policy == WaitPolicy::blind ? SchedState::on_cpu : Host::look(owner); },
-            Host::budget(), mode == LockMode::exclusive ? Host::pace().pace(&lock) : SpinPace::quick());
+            Host::budget(), mode == LockMode::exclusive ? Host::task().pace.pace(&lock) : SpinPace::quick());
         if (mode == LockMode::exclusive) {
             // From here on releases wake again; the queueing and last attempt that follow make good for those
             // before.
             if (end != SpinEnd::acquired) Host::state(lock).fetch_and(~kBits.spinner);
-            spinning_for_ = nullptr;
+            Host::task().spinning_for = nullptr;
         }
 
         Host::count(lock, LockEvent::spin_ticks, CycleClock::now() - start);
@@ -321,7 +328,7 @@ class AdaptiveLock {
             !is_off_cpu(Host::look(Host::spinner(lock))))
             return false;
         state.fetch_or(kBits.spinner);
-        spinning_for_ = &lock;
+        Host::task().spinning_for = &lock;
         Host::set_spinner(lock);
         return true;
     }
@@ -342,13 +349,14 @@ class AdaptiveLock {
     /// I4: may the spinner be left to take the lock, with the sleepers left asleep?
     static bool may_spare_wakeup(Lock& lock) {
         const uint64_t now = CycleClock::now();
-        if (sparing_since_ == 0) sparing_since_ = now;
-        return now - sparing_since_ < Host::spare_for_ticks() && !is_off_cpu(Host::look(Host::spinner(lock)));
+        uint64_t& since = Host::task().sparing_since;
+        if (since == 0) since = now;
+        return now - since < Host::spare_for_ticks() && !is_off_cpu(Host::look(Host::spinner(lock)));
     }
 
     /// Wakes those at the head of the list who can go: bystanders, and one writer or the readers before it.
     static void wake_waiters(Lock& lock) {
-        sparing_since_ = 0;
+        Host::task().sparing_since = 0;
         lock_list(lock);
         WaitList woken = Host::empty_list();
         WaitList& list = Host::wait_list(lock);
@@ -484,9 +492,6 @@ class AdaptiveLock {
             w = next;
         }
     }
-
-    static inline thread_local Lock* spinning_for_ = nullptr;  // the lock whose spinner bit is this task's
-    static inline thread_local uint64_t sparing_since_ = 0;    // 0: the last wake-up that was due was sent
 
     static WaitState wait_state(Waiter w) {
         return static_cast<WaitState>(Host::wait_state(w).load(std::memory_order_acquire));

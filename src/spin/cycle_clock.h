@@ -12,7 +12,7 @@
 #include <cstdint>
 
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include <x86intrin.h>
 #elif !defined(__aarch64__)
 #error "cycle_clock.h knows x86-64 and aarch64"
 #endif

@@ -4,11 +4,11 @@
  *
  * Every look takes the lock's cache line from the holder, and taking the lock over takes along the data that
  * it protects. So two kinds of locks want opposite things:
- *   - If holders stay away for longer than a hand-over takes, the lock is free after the hold, and every
- * moment that it is not taken is lost. Look soon and often (quick).
- *   - If holders are back sooner than that, one task that has the lock to itself turns faster, with
- * everything in its cache, than two that hand it to and fro; more cores make it slower. Stay away, take over
- * rarely (patient).
+ *   - If holders stay away for longer than a hand-over takes, the lock is free after the hold, and every moment
+ *     that it is not taken is lost. Look soon and often (quick).
+ *   - If holders are back sooner than that, one task that has the lock to itself turns faster, with everything
+ *     in its cache, than two that hand it to and fro; more cores make it slower. Stay away, take over rarely
+ *     (patient).
  *
  * PaceLearner tells them apart by what its own task goes through at the lock: the time of a hold after a
  * hand-over (with the cache misses) against the time of a whole turn alone (hold and outside, until the next

@@ -334,6 +334,73 @@ TEST(PatchRefuses, ProcessWithThreads) {
               "");
 }
 
+// ---- copies that link-time optimization makes ----
+
+int replaced_calls = 0;
+int no_list() {
+    replaced_calls++;
+    return 0;
+}
+
+// Replaces the functions of a library's list, with or without a look for copies, and has the library's other
+// file call one. "" when that call came to the replacement.
+std::string replace_list(const char* library, const char* caller, bool look, Result* result) {
+    void* const handle = dlopen(library, RTLD_NOW);
+    if (handle == nullptr) return dlerror();
+    const auto function = [&](const char* name, int args, bool marks) {
+        return Replacement{name, dlsym(handle, name), reinterpret_cast<void*>(&no_list), args, marks};
+    };
+    const Replacement functions[] = {
+        function("list_add", 2, false),
+        function("list_clear", 0, false),
+        function("list_has", 1, look),
+        function("list_has_between", 2, look),
+    };
+    *result = install(functions, 4);
+    reinterpret_cast<int (*)()>(dlsym(handle, caller))();
+    return replaced_calls == 1 ? "" : "the call went past the replacement";
+}
+
+TEST(PatchCopies, NoneInSeparateFiles) {
+    for (const char* caller : {"other_file_clears", "other_file_adds"}) {
+        EXPECT_EQ(in_child([&]() -> std::string {
+                      Result result;
+                      auto complaint = replace_list("libpatch_list.so", caller, true, &result);
+                      return result.ok ? complaint : result.reason;
+                  }),
+                  "");
+    }
+}
+
+TEST(PatchCopies, AreRefused) {
+    if (native::kDataBytes == 0) GTEST_SKIP() << "copies are not recognised on this architecture";
+    const char* const copies[][2] = {{"libpatch_list_inlined.so", "other_file_clears"},
+                                     {"libpatch_list_cloned.so", "other_file_adds"}};
+    for (const auto& [library, caller] : copies) {
+        EXPECT_EQ(in_child([&]() -> std::string {
+                      Result result;
+                      auto complaint = replace_list(library, caller, false, &result);
+                      return result.ok ? complaint : result.reason;
+                  }),
+                  "the call went past the replacement")
+            << library << " has no copy, so there is nothing to be tested";
+        EXPECT_EQ(in_child([&] {
+                      Result result;
+                      replace_list(library, caller, true, &result);
+                      return expect_refusal(result, "has a copy of a function to be replaced, at 0x");
+                  }),
+                  "")
+            << library;
+    }
+}
+
+TEST(PatchCopies, NothingToTellThemBy) {
+    if (native::kDataBytes == 0) GTEST_SKIP() << "copies are not recognised on this architecture";
+    Replacement one = replace("landing_pad");
+    one.marks_copies = true;
+    EXPECT_EQ(refuses({one}, "the variables of the functions to be replaced cannot be found"), "");
+}
+
 // Changes code as another module would: `offset` bytes behind the entry.
 void scribble(const char* name, size_t offset, const void* bytes, size_t n) {
     uint8_t* at = address_of(name) + offset;
@@ -368,6 +435,19 @@ TEST(PatchRefuses, ToRemoveWhatOthersChangedSince) {
                   if (result.ok || result.replaced != static_cast<int>(kTargets.size()) || !result.intact)
                       return "removed";
                   return std::strstr(result.reason, "changed by another module since") ? "" : result.reason;
+              }),
+              "");
+}
+
+TEST(Patch, RemovesWhatOthersPutBackToo) {
+    EXPECT_EQ(in_child([]() -> std::string {
+                  uint8_t before[16];
+                  std::memcpy(before, address_of(kTargets[1].name), sizeof before);
+                  if (!install_all().ok) return "not installed";
+                  scribble(kTargets[1].name, 0, before, sizeof before);
+                  if (auto complaint = call(kTargets[1], kOriginal); !complaint.empty()) return complaint;
+                  const Result result = remove();
+                  return result.ok ? call_all(kOriginal) : result.reason;
               }),
               "");
 }
@@ -824,6 +904,7 @@ TEST(PatchUprobe, MayBeThereFirst) {
                 EXPECT_EQ(probe.count(), static_cast<uint64_t>(kCalls)) << target.name;
             }
             turns.wake_child();
+            turns.wait_for_child();  // which looks whether the first probe is gone
             Uprobe probe(target.name, child.pid(), on_return);
             turns.wake_child();
             EXPECT_EQ(child.join(), "") << target.name;
@@ -946,6 +1027,48 @@ TEST(Decoder, X86) {
             if (x86_64::recognise(cut.data(), size, c.int_args, &first)) {
                 EXPECT_LE(first.length, size) << c.instruction;
             }
+        }
+    }
+}
+
+TEST(Decoder, X86Data) {
+    const struct {
+        const char* instruction;  // from its opcode on
+        int length;               // 0: names no data so
+    } cases[] = {
+        {"8b0500000000", 6},           // mov 0(%rip),%eax
+        {"631500000000", 6},           // movslq, behind its REX
+        {"8d3500000000", 6},           // lea
+        {"890500000000", 6},           // mov %eax,0(%rip)
+        {"ff0500000000", 6},           // incl
+        {"833d0000000001", 7},         // cmpl $1
+        {"8305000000000a", 7},         // addl $10
+        {"803d0000000001", 7},         // cmpb $1
+        {"c6050000000001", 7},         // movb $1
+        {"6b050000000003", 7},         // imul $3
+        {"c0250000000003", 7},         // shlb $3
+        {"c1250000000003", 7},         // shll $3
+        {"f6050000000001", 7},         // testb $1
+        {"f61d00000000", 6},           // negb
+        {"c7050000000001000000", 10},  // movl $1
+        {"813d0000000001000000", 10},  // cmpl $1
+        {"69050000000001000000", 10},  // imul $1
+        {"f7050000000001000000", 10},  // testl $1
+        {"f71d00000000", 6},           // negl
+        {"8b4500000000", 0},           // mov 0(%rbp),%eax
+        {"8b8500000000", 0},           // mov 0(%rbp),%eax
+        {"8bc500000000", 0},           // mov %ebp,%eax
+    };
+    for (const auto& c : cases) {
+        auto code = unhex(c.instruction);
+        for (const int32_t distance : {0, 4711, -4711}) {
+            std::memcpy(code.data() + 2, &distance, sizeof distance);
+            uintptr_t data = 0;
+            EXPECT_EQ(x86_64::names_data(code.data(), &data), c.length != 0) << c.instruction;
+            if (c.length == 0) continue;
+            EXPECT_EQ(static_cast<intptr_t>(data - reinterpret_cast<uintptr_t>(code.data())),
+                      c.length + distance)
+                << c.instruction;
         }
     }
 }

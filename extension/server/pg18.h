@@ -1,0 +1,33 @@
+#pragma once
+/* What is particular to PostgreSQL 18. Read in its lwlock.c, lwlock.h, proc.h, procnumber.h. */
+
+#include "lock/adaptive_lock.h"
+
+namespace adaptive::server {
+
+constexpr StateBits kLockBits = {
+    .has_waiters = 1u << 31,
+    .release_ok = 1u << 30,
+    .list_locked = 1u << 29,
+    .spinner = 1u << 28,     // free in the server
+    .until_free = 1u << 27,  // free in the server
+    .exclusive = MAX_BACKENDS + 1,
+    .shared = 1,
+    .held_mask = MAX_BACKENDS | (MAX_BACKENDS + 1),
+};
+static_assert(MAX_BACKENDS == (1u << 18) - 1);
+
+using Variable = pg_atomic_uint64;
+inline std::atomic_ref<uint64> value_of(Variable* v) {
+    return std::atomic_ref<uint64>(const_cast<uint64&>(v->value));
+}
+
+constexpr Disown* kDisown = LWLockDisown;
+constexpr ReleaseDisowned* kReleaseDisowned = LWLockReleaseDisowned;
+
+constexpr int kNobody = INVALID_PROC_NUMBER;
+inline int proc_number(const PGPROC* proc) {
+    return GetNumberFromPGProc(proc);
+}
+
+}  // namespace adaptive::server
