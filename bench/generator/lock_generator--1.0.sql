@@ -31,6 +31,30 @@ RETURNS record LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 CREATE FUNCTION lock_generator_error()
 RETURNS void LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 
+-- Takes and checks the locks of the torture for so long, together with every other session that does
+-- (torture.h).
+CREATE FUNCTION lock_generator_torture(milliseconds int, seed bigint)
+RETURNS void LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
+
+-- For so long, stops processes of this server at random (SIGSTOP), one at a time and up to 16 ms each.
+CREATE FUNCTION lock_generator_torture_stops(milliseconds int, seed bigint)
+RETURNS void LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
+
+-- What the torture has done since the server's shared memory was made (`started` tells one from the next), the
+-- longest waits in milliseconds, and the first violation.
+CREATE FUNCTION lock_generator_torture_totals(
+    OUT started bigint, OUT epoch bigint, OUT acquires bigint, OUT tasks int, OUT stops bigint, OUT stopped_ms float8,
+    OUT exclusive_ms float8, OUT shared_ms float8, OUT until_free_ms float8, OUT variable_ms float8,
+    OUT violations int, OUT violation text)
+RETURNS record LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
+
+-- The torture's locks (0 and above), and of the server's fixed ones (negative) those with waiters, read
+-- without any lock. holds: how often it was taken, of the torture's; waiters: pid/mode/state of each.
+CREATE FUNCTION lock_generator_torture_locks(
+    OUT lock int, OUT name text, OUT state bigint, OUT held boolean, OUT holds bigint, OUT waiters text)
+RETURNS SETOF record LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
+
 REVOKE ALL ON FUNCTION lock_generator_run(int, int, float8, int, int, int, int, int), lock_generator_calibrate(),
     lock_generator_line_cost(), lock_generator_stress(bigint, int), lock_generator_stress_totals(),
-    lock_generator_error() FROM PUBLIC;
+    lock_generator_error(), lock_generator_torture(int, bigint), lock_generator_torture_stops(int, bigint),
+    lock_generator_torture_totals(), lock_generator_torture_locks() FROM PUBLIC;

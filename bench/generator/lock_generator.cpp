@@ -43,6 +43,7 @@ PGDLLEXPORT void _PG_init(void);
 
 #include "busy_work.h"
 #include "line_cost.h"
+#include "torture_server.h"
 
 namespace {
 
@@ -80,6 +81,7 @@ void request_shmem() {
     if (next_shmem_request) next_shmem_request();
     RequestAddinShmemSpace(sizeof(Shared) + alignof(Shared));
     RequestNamedLWLockTranche(kTranche, 2);
+    lock_generator::torture::request_shmem();
 }
 
 void start_shmem() {
@@ -93,6 +95,7 @@ void start_shmem() {
     LWLockPadded* locks = GetNamedLWLockTranche(kTranche);
     run_lock = &locks[0].lock;
     stress_lock = &locks[1].lock;
+    lock_generator::torture::start_shmem();
     LWLockRelease(AddinShmemInitLock);
 }
 
