@@ -30,12 +30,17 @@ namespace {
 // Shared by the server's processes.
 struct Shared {
     pg_atomic_uint64 warned_at;                     // TimestampTz
+    pg_atomic_uint32 stale_mirror;                  // id of a mirror that nobody keeps
     SlotId slot_of_backend[FLEXIBLE_ARRAY_MEMBER];  // indexed by PGPROC number
 };
 
 Shared* shared = nullptr;
 Source wanted = Source::off;  // what the postmaster chose at start
 char not_bpf_reason[sizeof(Error::text)];
+constexpr char kStaleReason[] =
+    "the mirror is stale, the kernel records no switches in it: run `schedmirror unload` and `schedmirror "
+    "load` "
+    "as root";
 Error no_slot = {};     // why this process has none; empty: said already, or it has one
 uint64_t next_try = 0;  // CycleClock
 
@@ -58,6 +63,16 @@ size_t shared_bytes() {
 void publish_slot(SlotId slot) {
     own_slot = slot;
     if (MyProc != nullptr) shared->slot_of_backend[server::proc_number(MyProc)] = slot;
+}
+
+bool is_stale() {
+    return mirror.source() == Source::bpf && mirror.id() == pg_atomic_read_u32(&shared->stale_mirror);
+}
+
+void leave_stale_mirror() {
+    lost();
+    mirror.close();  // nothing in it is true of anybody
+    strlcpy(not_bpf_reason, kStaleReason, sizeof(not_bpf_reason));
 }
 
 bool attach(Error* error) {
@@ -111,7 +126,7 @@ void try_again() {
     if (now < next_try) return;
     next_try = now + 1'000'000 * CycleClock::ticks_per_microsecond();
 
-    if (!mirror.active()) {
+    if (!mirror.active() || is_stale()) {
         Error error;
         task.detach();
         mirror.close();
@@ -119,6 +134,7 @@ void try_again() {
             strlcpy(not_bpf_reason, error.text, sizeof(not_bpf_reason));
             return;
         }
+        if (is_stale()) return leave_stale_mirror();
         not_bpf_reason[0] = '\0';
     }
     if (task.attach(mirror, &no_slot)) publish_slot(task.slot());
@@ -142,6 +158,7 @@ void report_missing_slot() {
 
 void at_transaction_end(XactEvent event, void*) {
     if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT) return;
+    if (is_stale()) leave_stale_mirror();
     try_again();
     report_missing_slot();
 }
@@ -168,6 +185,7 @@ void shmem_startup() {
     shared = static_cast<Shared*>(ShmemInitStruct("adaptive_lwlock slots", shared_bytes(), &found));
     MemSet(shared, 0, shared_bytes());
     pg_atomic_init_u64(&shared->warned_at, 0);
+    pg_atomic_init_u32(&shared->stale_mirror, 0);
     open_mirror_in_shmem(
         ShmemInitStruct("adaptive_lwlock rseq mirror", Mirror::rseq_bytes(rseq_slots(), cpus()), &found));
 }
@@ -178,9 +196,11 @@ void register_callbacks() {
 }
 
 Status status() {
-    const bool running = mirror.source() != Source::off && mirror.active();
+    const bool running = mirror.source() != Source::off && mirror.active() && !is_stale();
     const char* reason = nullptr;
-    if (mirror.source() == Source::bpf && !mirror.active())
+    if (is_stale())
+        reason = kStaleReason;
+    else if (mirror.source() == Source::bpf && !mirror.active())
         reason = "the kernel side was unloaded; load it again with: schedmirror load";
     else if (mirror.source() != Source::bpf && not_bpf_reason[0] != '\0')
         reason = not_bpf_reason;
@@ -206,7 +226,7 @@ void attach_first_time() {
     settled = true;
     publish_slot(0);
     if (mirror.source() == Source::off) return;
-    if (mirror.source() == Source::bpf && !mirror.active()) return try_again();
+    if (mirror.source() == Source::bpf && (!mirror.active() || is_stale())) return try_again();
     if (attach(&no_slot)) publish_slot(task.slot());
 }
 
@@ -216,7 +236,19 @@ void lost() {
 }
 
 void after_sleep() {
-    if (own_slot == 0) try_again();
+    if (own_slot == 0) return try_again();
+    switch (task.note_slept()) {
+        case Recording::works:
+            return;
+        case Recording::stopped:  // this one registration was taken away
+            lost();
+            next_try = 0;
+            return try_again();
+        case Recording::never:
+            pg_atomic_write_u32(&shared->stale_mirror, mirror.id());
+            strlcpy(no_slot.text, kStaleReason, sizeof(no_slot.text));
+            return leave_stale_mirror();
+    }
 }
 
 }  // namespace internal

@@ -26,12 +26,12 @@ INSERT INTO t (v) VALUES (:client_id);
 UPDATE t SET v = v + 1 WHERE id = (SELECT max(id) - 20 * (1 + :client_id) FROM t)
 SQL
 my $registered = <<'SQL';
-SELECT count(*) > 0 FROM pg_stat_activity JOIN adaptive_lwlock_backends USING (pid) WHERE slot IS NOT NULL AND backend_type =
+SELECT count(*) > 0 FROM pg_stat_activity JOIN adaptive_lwlock_backends USING (pid) WHERE slot IS NOT NULL AND backend_type LIKE
 SQL
 wait_until($primary, "$registered 'walsender'", 't', 'WAL senders are registered');
 wait_until($standby, "$registered 'walreceiver'", 't', 'the WAL receiver is registered');
 wait_until($standby, "$registered 'startup'", 't', 'the startup process is registered');
-wait_until($subscriber, "$registered 'logical replication worker'", 't', 'the apply worker is registered');
+wait_until($subscriber, "$registered 'logical replication%worker'", 't', 'the apply worker is registered');
 is(status($standby, 'active'), 't', 'the module is active in a standby');
 run_load($standby, 'readers on the standby', clients => 4, seconds => 3, sql => 'SELECT count(*), sum(v) FROM t');
 finish_load($load, 'the primary under load');

@@ -3,6 +3,7 @@
 use strict;
 use warnings;
 use TestServer;
+use CrashTest;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
@@ -26,7 +27,7 @@ for my $mode ('owner', 'blind', 'park')
 	like($_->{err}, qr/terminating connection because of crash of another server process|connection/,
 		"$mode: a waiter's session ended") for @waiters;
 
-	$node->poll_query_until('postgres', 'SELECT 1', '1') or BAIL_OUT('the server does not come back');
+	comes_back($node) or BAIL_OUT('the server does not come back');
 	is($node->safe_psql('postgres', 'SELECT pg_postmaster_start_time()'), $before, "$mode: the postmaster lived on");
 	is(status($node, 'active, source, mode'), "t|$source|$mode", "$mode: the module is active again");
 	is($node->safe_psql('postgres', "SELECT count(*) FROM t WHERE id IS NULL"), 0, "$mode: the table can be read");

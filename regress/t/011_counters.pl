@@ -24,6 +24,19 @@ sub counted
 	return $n;
 }
 
+# The same, until somebody got the lock by spinning: on a busy machine it is seldom that two of the clients run at once.
+sub counted_with_success
+{
+	my $n;
+	for (1 .. 10)
+	{
+		$n = counted(@_);
+		last if $n->{spin_acquired} > 0;
+	}
+	cmp_ok($n->{spin_acquired}, '>', 0, "$_[0] gets the lock by spinning");
+	return $n;
+}
+
 my $short = 'SELECT lock_generator_run(50, 50)';
 my $asleep = 'SELECT lock_generator_run(1000, 1000, 2, 0, 20, 2000)';    # the holder sleeps 2 ms in one hold of 20
 
@@ -31,16 +44,14 @@ my $n = counted('park', 'short', $short, 8);
 is("$n->{spin_acquired} $n->{owner_off_cpu} $n->{budget_spent} $n->{wakeups_spared} $n->{spin_time}", '0 0 0 0 0', 'park never spins');
 cmp_ok($n->{sleeps}, '>', 0, 'park sleeps');
 
-$n = counted('blind', 'short', $short, 8);
-cmp_ok($n->{spin_acquired}, '>', 0, 'blind gets the lock by spinning');
+$n = counted_with_success('blind', 'short', $short, 8);
 cmp_ok($n->{spin_time}, '>', 0, 'blind spends time on it');
 $n = counted('blind', 'holder asleep', $asleep, 4);
 is($n->{owner_off_cpu}, 0, 'blind does not look at the owner');
 cmp_ok($n->{budget_spent}, '>', 0, 'blind spends its budget on a holder that is asleep');
 my $blind_time = $n->{spin_time} / $n->{contended};
 
-$n = counted('owner', 'short', $short, 8);
-cmp_ok($n->{spin_acquired}, '>', 0, 'owner gets the lock by spinning');
+counted_with_success('owner', 'short', $short, 8);
 $n = counted('owner', 'holder asleep', $asleep, 4);
 cmp_ok($n->{owner_off_cpu}, '>', 0, 'owner sees that the holder is asleep');
 cmp_ok($n->{sleeps}, '>', 0, 'and sleeps');

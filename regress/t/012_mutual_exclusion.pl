@@ -47,6 +47,7 @@ stress('modes switched meanwhile', 40, 8, 50, '', sub {
 	$node->reload;
 });
 cmp_ok($done, '>=', 10_000_000, 'ten million acquires');
-cmp_ok($met, '>=', 10_000, 'many of them contended');
+# On two busy CPUs they meet seldom: when one is preempted inside the lock.
+cmp_ok($met, '>=', 1000, 'many of them contended');
 $node->stop;
 done_testing();

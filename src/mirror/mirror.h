@@ -89,7 +89,8 @@ class Mirror {
 
     SlotInfo info(SlotId slot) const noexcept;  // for people: slower, consistent about who has the slot
     uint32_t capacity() const noexcept { return limit_ == 0 ? 0 : limit_ - 1; }
-    uint32_t used() const noexcept;  // slots taken; walks the table
+    uint32_t used() const noexcept;               // slots taken; walks the table
+    uint32_t id() const noexcept { return id_; }  // bpf: no two mirrors of this boot have the same; else 0
 
   private:
     friend class MirrorTask;
@@ -104,11 +105,19 @@ class Mirror {
     const sched_slot* slots_ = nullptr;  // bpf
     sched_claim* claims_ = nullptr;
     int tasks_fd_ = -1;
+    uint32_t id_ = 0;
 
     RseqSlot* rseq_slots_ = nullptr;  // rseq
     RseqCpu* rseq_cpus_ = nullptr;
     uint32_t cpus_ = 0;
     uint64_t words_begin_ = 0, words_end_ = 0;
+};
+
+// What becomes of a task's switches.
+enum class Recording : uint8_t {
+    works,
+    stopped,  // no more: the registration is gone; detach, and attach again
+    never,    // not since attaching: nobody keeps this mirror, whatever it says of itself
 };
 
 class MirrorTask {
@@ -134,9 +143,9 @@ class MirrorTask {
     // attach again later.
     bool note_running() noexcept;
 
-    // Said after every real sleep: the own switch count must have moved. Sixteen in a row without: stale.
-    void note_slept() noexcept;
-    bool is_stale() const noexcept { return unmoved_sleeps_ >= 16; }
+    // Said after every sleep. A mirror whose program was taken away without unloading it looks active for
+    // ever; here it is found out. Costs a load while the own switch count moves.
+    Recording note_slept() noexcept;
 
   private:
     bool note_switched(uint64_t switches) noexcept;
@@ -146,13 +155,15 @@ class MirrorTask {
     SlotId slot_ = 0;
     uint32_t generation_ = 0;
     uint32_t tid_ = 0;  // what this task wrote into the claim; 0: nothing
-    uint32_t unmoved_sleeps_ = 0;
 
     const sched_slot* mine_ = nullptr;  // bpf
     sched_claim* claim_ = nullptr;
     const sched_header* header_ = nullptr;
-    uint64_t seen_ = 0;  // copy of claim_->seen_switches
+    uint64_t seen_ = 0;         // copy of claim_->seen_switches
+    uint64_t attached_at_ = 0;  // switch counts: when attached, and after the last sleep
     uint64_t slept_at_ = 0;
+    uint32_t unmoved_sleeps_ = 0;
+    int64_t unmoved_since_ = 0;  // this task's own count of its switches, when they were first asked for
     int tasks_fd_ = -1;
 
     RseqSlot* rseq_mine_ = nullptr;  // rseq

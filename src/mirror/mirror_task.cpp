@@ -5,6 +5,7 @@
 // for dead, or speaks from another pid namespace), the kernel follows the newer, and the older learns so at
 // its next note_running().
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -24,8 +25,17 @@ bool swap(uint32_t* word, uint32_t from, uint32_t to) noexcept {
     return __atomic_compare_exchange_n(word, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
+// A claim may say anything: kill() would take a negative number for a process group, and -1 for everybody.
 bool exists(uint32_t tid) noexcept {
-    return kill(static_cast<pid_t>(tid), 0) == 0 || errno != ESRCH;
+    const auto pid = static_cast<pid_t>(tid);
+    return pid > 0 && (kill(pid, 0) == 0 || errno != ESRCH);
+}
+
+// How often the kernel has switched the calling task out, by its own accounts.
+int64_t times_switched_out() noexcept {
+    rusage usage = {};
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nvcsw + usage.ru_nivcsw;
 }
 
 // Claims a slot for `tid`: first a free one, then one whose claimant no longer exists (it died between
@@ -89,7 +99,7 @@ bool MirrorTask::attach(Mirror& mirror, Error* error) noexcept {
     header_ = mirror.header();
     tasks_fd_ = mirror.tasks_fd_;
     // The kernel has not seen this task switch yet: until then the claim alone says that it runs.
-    seen_ = slept_at_ = __atomic_load_n(&mine->switches, __ATOMIC_RELAXED);
+    seen_ = slept_at_ = attached_at_ = __atomic_load_n(&mine->switches, __ATOMIC_RELAXED);
     __atomic_store_n(&claim->seen_switches, seen_, __ATOMIC_RELAXED);
     return true;
 }
@@ -109,11 +119,23 @@ bool MirrorTask::note_switched(uint64_t switches) noexcept {
     return true;
 }
 
-void MirrorTask::note_slept() noexcept {
-    if (source_ != Source::bpf) return;
+// A sleep whose wake-up came first switches nothing, so a count that stands still proves nothing by itself.
+// The kernel's accounts do: sixteen switches there and none here. They are asked for at every sixteenth such
+// sleep only.
+Recording MirrorTask::note_slept() noexcept {
+    constexpr uint32_t kEnough = 16;
+    if (source_ != Source::bpf) return Recording::works;
     const uint64_t switches = __atomic_load_n(&mine_->switches, __ATOMIC_RELAXED);
-    unmoved_sleeps_ = switches == slept_at_ ? unmoved_sleeps_ + 1 : 0;
-    slept_at_ = switches;
+    if (switches != slept_at_) {
+        slept_at_ = switches;
+        unmoved_sleeps_ = 0;
+        return Recording::works;
+    }
+    if (++unmoved_sleeps_ % kEnough != 0) return Recording::works;
+    const int64_t switched_out = times_switched_out();
+    if (unmoved_sleeps_ == kEnough) unmoved_since_ = switched_out;
+    if (switched_out - unmoved_since_ < kEnough) return Recording::works;
+    return switches == attached_at_ ? Recording::never : Recording::stopped;
 }
 
 bool MirrorTask::attach_rseq(Mirror& mirror, SlotId slot, const volatile uint32_t* blocked_word,

@@ -21,9 +21,23 @@ constexpr const char* kUsage =
     "  status  describes it; exit code 0 when loaded, 3 when not\n"
     "\n";
 
+// One line, whatever the arguments that it quotes contain.
+void complain(std::string what) {
+    for (char& c : what)
+        if (static_cast<unsigned char>(c) < ' ' || c == 0x7f) c = '?';
+    std::cerr << "schedmirror: " << what << "\n";
+}
+
 int usage_error(const std::string& what) {
-    std::cerr << "schedmirror: " << what << "; see schedmirror --help\n";
+    complain(what + "; see schedmirror --help");
     return loader::kUsage;
+}
+
+// Loading sets the directory's owner and mode, and unloading removes it: it must not be one that is there for
+// others, like the file system's own.
+bool names_a_directory_of_its_own(const std::string& dir) {
+    const std::string name = dir.substr(dir.rfind('/') + 1);
+    return !name.empty() && name != "." && name != "..";
 }
 
 int run(int argc, char** argv) {
@@ -53,6 +67,7 @@ int run(int argc, char** argv) {
 
     if (given.count("verbose")) loader::set_verbose();
     const std::string dir = given["dir"].as<std::string>();
+    if (!names_a_directory_of_its_own(dir)) return usage_error("--dir must end in a name");
     if (command == "unload") return loader::unload(dir);
     if (command == "status") return loader::status(dir);
     if (command != "load") return usage_error("unknown command " + command);
@@ -75,7 +90,7 @@ int main(int argc, char** argv) {
     } catch (const po::error& error) {
         return usage_error(error.what());
     } catch (const std::exception& error) {
-        std::cerr << "schedmirror: " << error.what() << "\n";
+        complain(error.what());
         return loader::kFailed;
     }
 }

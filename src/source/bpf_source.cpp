@@ -58,24 +58,35 @@ int open_pinned(const char* dir, const char* name, Error* error) noexcept {
     return -1;
 }
 
-// Maps an array whose shape is checked against the kernel's own description of it. Null: not our layout.
-void* map_array(int fd, size_t element, int protection, uint32_t* elements) noexcept {
+// The kernel's own description of a map; all zero for what is none. (A program's begins with its type too,
+// but has no such sizes.)
+bpf_map_info describe(int fd) noexcept {
     bpf_map_info info = {};
     bpf_attr attr = zeroed();
     attr.info.bpf_fd = static_cast<uint32_t>(fd);
     attr.info.info_len = sizeof(info);
     attr.info.info = address(&info);
-    if (call(BPF_OBJ_GET_INFO_BY_FD, &attr) != 0) return nullptr;
+    if (call(BPF_OBJ_GET_INFO_BY_FD, &attr) != 0) return {};
+    return info;
+}
+
+// Maps an array whose shape is as expected. Null: not our layout.
+void* map_array(int fd, const bpf_map_info& info, size_t element, int protection) noexcept {
     if (info.type != BPF_MAP_TYPE_ARRAY || info.value_size != element) return nullptr;
     if (info.max_entries < 2 || info.max_entries > SCHED_MIRROR_MAX_SLOTS) return nullptr;
     void* memory = mmap(nullptr, element * info.max_entries, protection, MAP_SHARED, fd, 0);
-    *elements = info.max_entries;
     return memory == MAP_FAILED ? nullptr : memory;
+}
+
+// What a registration is written to must not be larger: the kernel would read behind it.
+bool is_task_storage(const bpf_map_info& info) noexcept {
+    return info.type == BPF_MAP_TYPE_TASK_STORAGE && info.key_size == sizeof(int) &&
+           info.value_size == sizeof(sched_registration);
 }
 
 // Keeps a half-built Maps from leaking.
 struct Opening {
-    Maps maps = {0, nullptr, nullptr, -1};
+    Maps maps = {0, 0, nullptr, nullptr, -1};
     int slots_fd = -1, claims_fd = -1;
     bool keep = false;
     ~Opening() {
@@ -99,18 +110,20 @@ bool open_maps(const char* dir, Maps* maps, Error* error) noexcept {
     if ((o.claims_fd = open_pinned(dir, "claims", error)) < 0) return false;
     if ((o.maps.tasks_fd = open_pinned(dir, "tasks", error)) < 0) return false;
 
-    uint32_t slots = 0, claims = 0;
-    void* slot_array = map_array(o.slots_fd, sizeof(sched_slot), PROT_READ, &slots);
+    const bpf_map_info slots = describe(o.slots_fd), claims = describe(o.claims_fd);
+    o.maps.slots = slots.max_entries;
+    o.maps.id = slots.id;
+    void* slot_array = map_array(o.slots_fd, slots, sizeof(sched_slot), PROT_READ);
     o.maps.slot_array = static_cast<const sched_slot*>(slot_array);
-    o.maps.slots = slots;
-    void* claim_array = map_array(o.claims_fd, sizeof(sched_claim), PROT_READ | PROT_WRITE, &claims);
-    o.maps.claim_array = static_cast<sched_claim*>(claim_array);
-    if (slot_array == nullptr || claim_array == nullptr || slots != claims)
+    if (slots.max_entries == claims.max_entries)
+        o.maps.claim_array = static_cast<sched_claim*>(
+            map_array(o.claims_fd, claims, sizeof(sched_claim), PROT_READ | PROT_WRITE));
+    const auto* header = static_cast<const sched_header*>(slot_array);
+    if (header == nullptr || o.maps.claim_array == nullptr || header->magic != SCHED_MIRROR_MAGIC ||
+        !is_task_storage(describe(o.maps.tasks_fd)))
         return fail(error,
                     "%s holds no mirror of a known layout: reload it with this version's `schedmirror`", dir);
-
-    const auto* header = static_cast<const sched_header*>(slot_array);
-    if (header->magic != SCHED_MIRROR_MAGIC || header->version != SCHED_MIRROR_VERSION)
+    if (header->version != SCHED_MIRROR_VERSION)
         return fail(error,
                     "the mirror at %s has layout version %u, this program knows %u: reload it with this "
                     "version's `schedmirror`",

@@ -14,6 +14,7 @@ namespace adaptive::bpf {
 // The pinned maps, open and mapped.
 struct Maps {
     uint32_t slots;  // elements of each array
+    uint32_t id;     // the kernel's, of the array of slots
     const sched_slot* slot_array;
     sched_claim* claim_array;
     int tasks_fd;

@@ -36,6 +36,9 @@ our @EXPORT = qw(
   as_root why_no_root why_no_bpf mirror
 );
 
+# A test that is out of time is told to end: it takes its servers with it.
+$SIG{TERM} = sub { exit 1 };
+
 # ---- servers ----
 
 # A running server with the module and the load generator. Further settings in conf; init => {} goes to init().
@@ -44,12 +47,12 @@ sub new_server
 	my ($name, %options) = @_;
 	my $node = PostgreSQL::Test::Cluster->new($name);
 	$node->init(%{ $options{init} // {} });
-	$node->append_conf('postgresql.conf', $options{conf} // '');
 	$node->append_conf('postgresql.conf', <<"CONF");
 shared_preload_libraries = 'lock_generator,adaptive_lwlock'
 max_connections = 50
 log_statement = none
 CONF
+	$node->append_conf('postgresql.conf', $options{conf} // '');
 	$node->start;
 	$node->safe_psql('postgres', 'CREATE EXTENSION adaptive_lwlock; CREATE EXTENSION lock_generator');
 	return $node;
