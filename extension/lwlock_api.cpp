@@ -50,8 +50,7 @@ void remember(LWLock* lock, LWLockMode mode) {
     held[num_held++] = {lock, mode};
 }
 
-/// Takes the lock off the list and says how it was held. Most often it is the last one taken.
-LWLockMode forget(LWLock* lock) {
+[[gnu::noinline]] LWLockMode forget_any(LWLock* lock) {
     int i = num_held;
     while (--i >= 0 && held[i].lock != lock) {
     }
@@ -60,6 +59,15 @@ LWLockMode forget(LWLock* lock) {
     num_held--;
     for (; i < num_held; i++) held[i] = held[i + 1];
     return mode;
+}
+
+/// Takes the lock off the list and says how it was held. Most often it is the last one taken.
+inline LWLockMode forget(LWLock* lock) {
+    const int last = num_held - 1;
+    if (last < 0 || held[last].lock != lock) [[unlikely]]
+        return forget_any(lock);
+    num_held = last;
+    return held[last].mode;
 }
 
 LockMode waiting_mode(LWLockMode mode) {

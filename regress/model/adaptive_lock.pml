@@ -130,7 +130,7 @@ inline erase(task)
     }
 }
 
-inline queue_self(as)
+inline queue_self(as, in_front)
 {
     lock_list();
     d_step {
@@ -139,6 +139,11 @@ inline queue_self(as)
         wait_state[me] = waiting;
         if
         :: as == until_free -> push_head(me)
+#ifndef MUTATE_IN_FRONT_OF_BYSTANDERS
+        :: as != until_free && in_front && (listed == 0 || wait_mode[list[0]] != until_free) -> push_head(me)
+#else
+        :: as != until_free && in_front -> push_head(me)
+#endif
         :: else -> push_tail(me)
         fi;
         unlock_list(0, 0)
@@ -260,8 +265,8 @@ inline wake_waiters()
 inline update(value)
 {
     lock_list();
+    variable = value;
     d_step {
-        variable = value;
         take_until_free();
         unlock_list(0, 0)
     }
@@ -373,7 +378,7 @@ inline acquire_contended()
         :: got -> break
         :: else
         fi;
-        queue_self(mode);
+        queue_self(mode, woken_in_vain);
 #ifndef MUTATE_NO_LAST_ATTEMPT
         attempt(0);
 #endif
@@ -394,9 +399,10 @@ inline acquire_contended()
         attempt(0);
         if
         :: got -> break
-        :: else
+        :: else -> woken_in_vain = true
         fi
-    od
+    od;
+    woken_in_vain = false
 }
 
 inline acquire()
@@ -414,7 +420,7 @@ inline acquire_or_wait()
     if
     :: got
     :: else ->
-        queue_self(until_free);
+        queue_self(until_free, false);
         attempt(0);
         if
         :: got -> dequeue_self()
@@ -423,29 +429,23 @@ inline acquire_or_wait()
     fi
 }
 
-inline look_with_list_locked(settled)
-{
-    lock_list();
-    d_step { got = (settled); state = state & ~LIST_LOCKED }
-}
-
 /* Until freed, or `settled`. */
 inline wait_until(settled)
 {
     do
     :: !held_exclusively -> break
     :: else ->
-        look_with_list_locked(settled);
+        got = (settled);
         if
         :: got -> break
         :: else
         fi;
-        queue_self(until_free);
+        queue_self(until_free, false);
 #ifndef MUTATE_NO_SECOND_LOOK
         got = !held_exclusively;
         if
         :: got
-        :: else -> look_with_list_locked(settled)
+        :: else -> got = (settled)
         fi;
 #endif
         if
@@ -462,7 +462,7 @@ inline wait_until(settled)
 active [TASKS] proctype task()
 {
     mtype mode = exclusive;
-    bool got, still_queued, woke_locker, cleared_late;
+    bool got, still_queued, woke_locker, woken_in_vain, cleared_late;
     byte left;            /* release(): the state word after it */
     byte woken;           /* taken off the list, to be woken: a set */
     byte taken_in_excess; /* posts that were not the waker's */

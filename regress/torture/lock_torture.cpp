@@ -209,7 +209,7 @@ class ProcessLocks {
         DelayedLock::update(round_.locks[lock], [&] { set_variable(lock, value); });
     }
     void release_clearing_variable(int lock) {
-        DelayedLock::with_list_locked(round_.locks[lock], [&] { set_variable(lock, 0); });
+        set_variable(lock, 0);
         release(lock, true);
     }
     uint64_t variable(int lock) {

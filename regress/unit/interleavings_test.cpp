@@ -59,7 +59,8 @@ struct Player {
     LockTask<SharedLock> lock_task;
     SchedState hint = SchedState::on_cpu;
     bool is_thrown_out = false;
-    unsigned owed = 0;  // the bystanders that this task's release has to wake, as a set
+    bool is_listed = false;  // on whichever list
+    unsigned owed = 0;       // the bystanders that this task's release has to wake, as a set
 };
 struct ThrownOut {};
 
@@ -109,17 +110,22 @@ struct SteppedHost : ProcessHost {
         if (&list == &stage->lock.waiters && !(stage->lock.state & kBits.list_locked))
             explorer->fail("the wait list is touched without its lock");
     }
-    static void push_head(WaitList& list, Waiter w) {
+    static void enter(WaitList& list, Waiter w) {
         check(list);
+        if (std::exchange(player_of(w).is_listed, true)) explorer->fail("a task is on two lists");
+    }
+    static void push_head(WaitList& list, Waiter w) {
+        enter(list, w);
         ProcessHost::push_head(list, w);
     }
     static void push_tail(WaitList& list, Waiter w) {
-        check(list);
+        enter(list, w);
         ProcessHost::push_tail(list, w);
     }
     static void erase(WaitList& list, Waiter w) {
         check(list);
         ProcessHost::erase(list, w);
+        player_of(w).is_listed = false;
         for (Player& p : stage->players) p.owed &= ~set_of(w);
     }
     static void lock_list_contended(Lock& l) {
@@ -272,6 +278,7 @@ const Scenario kScenarios[] = {
     {"WritersAndReader", {writer(), writer(), reader()}, 3},
     {"WriterAndReaderTurns", {writer(2), reader(2)}, 4},
     {"WritersAndBystander", {writer(), writer(), acquires_or_waits()}, 3},
+    {"WritersTurnsAndBystander", {writer(2), writer(), acquires_or_waits()}, 3},
     {"ReaderWriterAndBystander", {reader(), writer(), acquires_or_waits()}, 3},
     {"WriterAndTwoBystanders", {writer(), acquires_or_waits(), acquires_or_waits()}, 3},
     {"VariableReleased", {updates_variable(true), waits_for_variable(), waits_for_variable()}, 3},

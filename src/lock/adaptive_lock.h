@@ -17,7 +17,8 @@
  * 2. spin on owner: attempt again and again until the owner is off its CPU or the budget is spent. A writer
  *    does so only as *the* spinner (bit `spinner`), unless one runs already: one keeps the line quiet.
  *    Readers, who can all enter together, spin without the bit.
- * 3. queue: put yourself on the wait list.
+ * 3. queue: put yourself on the wait list, at its end; in front, if you were woken and found the lock taken
+ *    again, so that those who come in between cannot pass you for ever.
  * 4. last attempt: the lock may have been freed between 1 and 3, when nobody could know that you would sleep.
  * 5. sleep; when woken, start again at 1.
  *
@@ -139,11 +140,8 @@ class AdaptiveLock {
   public:
     /// Takes the lock. True if it was free at once, false if it had to be waited for, spinning or asleep.
     static bool acquire(Lock& lock, LockMode mode) {
-        if (mode == LockMode::exclusive) Host::task().pace.acquiring(&lock);
-        if (attempt(lock, mode)) [[likely]] {
-            Host::set_owner(lock);
+        if (acquire_at_once(lock, mode)) [[likely]]
             return true;
-        }
         acquire_contended(lock, mode);
         return false;
     }
@@ -175,20 +173,19 @@ class AdaptiveLock {
 
     /**
      * Waits until the lock is not held exclusively (true), or `settled()` says that there is no more to wait
-     * for (false). `settled` is called with the wait list locked; whoever changes what it looks at uses
-     * update() or holds the wait list's lock.
+     * for (false). Whoever changes what `settled` looks at does so inside update(), or before a release.
      */
     template <class Settled>
     static bool wait_until(Lock& lock, Settled&& settled) {
         for (;;) {
             if (!held_exclusively(lock)) return true;
-            if (with_list_locked(lock, settled)) return false;
+            if (settled()) return false;
 
             // From here on, a release or an update wakes us (I3). What happened before is seen by looking
-            // again.
+            // again: a change inside an update() that did not find us came before, on the state word.
             queue_self(lock, LockMode::until_free);
             const bool freed = !held_exclusively(lock);
-            if (freed || with_list_locked(lock, settled)) {
+            if (freed || settled()) {
                 dequeue_self(lock);
                 return freed;
             }
@@ -207,26 +204,13 @@ class AdaptiveLock {
         wake_all(lock, woken);
     }
 
-    /// Runs `read()` with the wait list locked; returns what it returns.
-    template <class Read>
-    static auto with_list_locked(Lock& lock, Read&& read) {
-        lock_list(lock);
-        if constexpr (std::is_void_v<decltype(read())>) {
-            read();
-            Host::state(lock).fetch_and(~kBits.list_locked);
-        } else {
-            const auto result = read();
-            Host::state(lock).fetch_and(~kBits.list_locked);
-            return result;
-        }
-    }
-
     /// Gives up a hold in `mode` (exclusive or shared), and wakes whom it must.
     static void release(Lock& lock, LockMode mode) {
         const uint32_t hold = hold_of(mode);
         // Pairs with the waiters' publication in unlock_list(): see the file's head.
         const uint32_t left = Host::state(lock).fetch_sub(hold) - hold;
-        if (mode == LockMode::exclusive) Host::task().pace.released(&lock);
+        if (Host::task().pace.samples(&lock)) [[unlikely]]
+            Host::task().pace.released(mode == LockMode::exclusive);
         if (is_free_with_waiters(left)) [[unlikely]]
             after_release(lock, left);
     }
@@ -245,8 +229,9 @@ class AdaptiveLock {
         return mode == LockMode::exclusive ? kBits.exclusive : kBits.shared;
     }
 
-    static bool is_free_for(uint32_t state, LockMode mode) {
-        return (state & (mode == LockMode::exclusive ? kBits.held_mask : kBits.exclusive)) == 0;
+    /// The bits of the holds that exclude one in `mode`.
+    static uint32_t conflicts_of(LockMode mode) {
+        return mode == LockMode::exclusive ? kBits.held_mask : kBits.exclusive;
     }
 
     static bool is_free_with_waiters(uint32_t state) {
@@ -258,18 +243,30 @@ class AdaptiveLock {
     /// Takes the lock if it is free for `mode`, clearing the bits in `clear` with the same step.
     static bool attempt(Lock& lock, LockMode mode, uint32_t clear = 0) {
         auto state = Host::state(lock);
+        const uint32_t conflicts = conflicts_of(mode), hold = hold_of(mode);
         uint32_t seen = state.load();
-        while (is_free_for(seen, mode))
-            if (state.compare_exchange_weak(seen, (seen + hold_of(mode)) & ~clear)) return true;
+        while ((seen & conflicts) == 0)
+            if (state.compare_exchange_weak(seen, (seen + hold) & ~clear)) [[likely]]
+                return true;
         return false;
+    }
+
+    /// Phase 1. Inlined into its caller it costs no more than the server's own, which is all that most acquires do.
+    [[gnu::always_inline]] static bool acquire_at_once(Lock& lock, LockMode mode) {
+        if (Host::task().pace.samples(&lock)) [[unlikely]]
+            Host::task().pace.acquiring(mode == LockMode::exclusive);
+        if (!attempt(lock, mode)) [[unlikely]]
+            return false;
+        Host::set_owner(lock);
+        return true;
     }
 
     [[gnu::noinline]] static void acquire_contended(Lock& lock, LockMode mode) {
         Host::count(lock, LockEvent::contended, 1);
-        for (;;) {
+        for (bool woken_in_vain = false;; woken_in_vain = true) {
             if (spin(lock, mode)) break;
 
-            queue_self(lock, mode);
+            queue_self(lock, mode, woken_in_vain);
             if (attempt(lock, mode)) {  // the last attempt: I1 rests on it
                 dequeue_self(lock);
                 break;
@@ -407,16 +404,20 @@ class AdaptiveLock {
         }
     }
 
-    static void queue_self(Lock& lock, LockMode mode) {
+    static void queue_self(Lock& lock, LockMode mode, bool in_front = false) {
         const Waiter self = Host::self();
         if (wait_state(self) != WaitState::not_waiting) Host::queued_already();
         lock_list(lock);
         Host::set_wait_mode(self, mode);
         set_wait_state(self, WaitState::waiting);
-        if (mode == LockMode::until_free)
-            Host::push_head(Host::wait_list(lock), self);
+        WaitList& list = Host::wait_list(lock);
+        // The until_free waiters come before all others: unlock_list() and take_until_free() rely on it.
+        const bool until_free_first =
+            !Host::empty(list) && Host::wait_mode(Host::first(list)) == LockMode::until_free;
+        if (mode == LockMode::until_free || (in_front && !until_free_first))
+            Host::push_head(list, self);
         else
-            Host::push_tail(Host::wait_list(lock), self);
+            Host::push_tail(list, self);
         unlock_list(lock, 0, 0);
     }
 

@@ -138,7 +138,7 @@ class MirrorTask {
 
     SlotId slot() const noexcept { return slot_; }  // 0 when not attached
 
-    // "I am running", said at every lock acquire. Costs a load or two while nothing changed. False: the
+    // "I am running", said at every lock acquire. Costs two loads while nothing changed. False: the
     // mirror behind this registration has been unloaded, or the slot was taken over; drop the slot, detach,
     // attach again later.
     bool note_running() noexcept;
@@ -151,6 +151,10 @@ class MirrorTask {
     bool note_switched(uint64_t switches) noexcept;
     void enter_rseq(Mirror& mirror, SlotId slot, uint64_t blocked_word) noexcept;
 
+    static constexpr uint64_t kNeverCounts = 0;
+
+    const uint64_t* count_ = &kNeverCounts;  // bpf: this slot's switches
+    uint64_t seen_ = 0;  // bpf: copy of claim_->seen_switches; rseq: what *count_ never is
     Source source_ = Source::off;
     SlotId slot_ = 0;
     uint32_t generation_ = 0;
@@ -159,7 +163,6 @@ class MirrorTask {
     const sched_slot* mine_ = nullptr;  // bpf
     sched_claim* claim_ = nullptr;
     const sched_header* header_ = nullptr;
-    uint64_t seen_ = 0;         // copy of claim_->seen_switches
     uint64_t attached_at_ = 0;  // switch counts: when attached, and after the last sleep
     uint64_t slept_at_ = 0;
     uint32_t unmoved_sleeps_ = 0;
@@ -207,10 +210,10 @@ inline SchedState Mirror::look_rseq(SlotId slot) const noexcept {
 }
 
 inline bool MirrorTask::note_running() noexcept {
-    if (source_ == Source::bpf) {
-        const uint64_t switches = __atomic_load_n(&mine_->switches, __ATOMIC_RELAXED);
-        return __builtin_expect(switches == seen_, 1) || note_switched(switches);
-    }
+    const uint64_t switches = __atomic_load_n(count_, __ATOMIC_RELAXED);
+    if (switches == seen_) [[likely]]
+        return true;
+    if (source_ == Source::bpf) return note_switched(switches);
     if (source_ == Source::rseq) {
         const uint32_t cpu = *cpu_word_;
         if (__atomic_load_n(&rseq_mine_->cpu, __ATOMIC_RELAXED) != cpu)

@@ -95,6 +95,7 @@ bool MirrorTask::attach(Mirror& mirror, Error* error) noexcept {
     generation_ = generation;
     tid_ = tid;
     mine_ = mine;
+    count_ = reinterpret_cast<const uint64_t*>(&mine->switches);
     claim_ = claim;
     header_ = mirror.header();
     tasks_fd_ = mirror.tasks_fd_;
@@ -170,6 +171,7 @@ void MirrorTask::enter_rseq(Mirror& mirror, SlotId slot, uint64_t blocked_word) 
     RseqSlot& s = mirror.rseq_slots_[slot];
     *this = MirrorTask();
     source_ = Source::rseq;
+    seen_ = kNeverCounts + 1;
     slot_ = slot;
     generation_ = __atomic_add_fetch(&s.generation, 1, __ATOMIC_RELAXED);
     tid_ = static_cast<uint32_t>(gettid());

@@ -13,8 +13,8 @@
  * PaceLearner tells them apart by what its own task goes through at the lock: the time of a hold after a
  * hand-over (with the cache misses) against the time of a whole turn alone (hold and outside, until the next
  * acquire). Patience pays when a turn alone is shorter than a hold after a hand-over together with the
- * hand-over of the lock itself. It samples after contended acquires only; the uncontended path pays a
- * comparison at either end.
+ * hand-over of the lock itself. It samples exclusive holds after contended acquires only; the uncontended
+ * path pays a comparison at either end.
  *
  * Bounds: a wrong guess costs at most SpinPace::longest of waiting a look, and spins remain limited by their
  * budget. What nothing is known of gets the quick pace. Thread safety: a PaceLearner belongs to one task.
@@ -32,7 +32,7 @@ struct SpinPace {
     uint64_t first;
     uint64_t longest;
 
-    static SpinPace quick() { return {.first = from_nanoseconds(50), .longest = from_nanoseconds(1'600)}; }
+    static SpinPace quick() { return {.first = from_nanoseconds(50), .longest = from_nanoseconds(100)}; }
     static SpinPace patient() {
         return {.first = from_nanoseconds(10'000), .longest = from_nanoseconds(10'000)};
     }
@@ -42,16 +42,27 @@ struct SpinPace {
 
 class PaceLearner {
   public:
-    /// An exclusive acquire begins. Hot.
-    void acquiring(const void* lock) noexcept {
-        if (lock == sampled_) [[unlikely]]
-            sample_at_acquire();
+    /// Whether acquiring() and released() want to hear of this lock. Hot.
+    bool samples(const void* lock) const noexcept { return lock == sampled_; }
+
+    /// An acquire of the sampled lock begins.
+    [[gnu::noinline]] void acquiring(bool exclusive) noexcept {
+        if (!exclusive) return;
+        const uint64_t now = CycleClock::now();
+        if (stage_ == Stage::alone) {
+            learn(of(sampled_).turn_alone, now - since_, 64, 8);
+            sampled_ = nullptr;
+        } else {
+            stage_ = Stage::alone;  // unless this acquire has to wait: handed_over()
+            since_ = now;
+        }
     }
 
-    /// An exclusive hold has ended. Hot.
-    void released(const void* lock) noexcept {
-        if (lock == sampled_) [[unlikely]]
-            sample_at_release();
+    /// A hold of the sampled lock has ended.
+    [[gnu::noinline]] void released(bool exclusive) noexcept {
+        if (!exclusive || stage_ != Stage::holding) return;
+        learn(of(sampled_).hold_after_handover, CycleClock::now() - since_, 16, 16);
+        stage_ = Stage::outside;
     }
 
     /// An exclusive acquire that had to wait has succeeded: the lock was handed over.
@@ -75,8 +86,8 @@ class PaceLearner {
 
   private:
     static constexpr uint64_t kUnknown = 0;
-    static constexpr uint64_t kHandOverNs = 200;  // two or three transfers of the lock's line
-    static constexpr size_t kLocks = 64;          // locks share entries: one of them may get the other's pace
+    static constexpr uint64_t kHandOverNs = 50;  // a transfer of the lock's line
+    static constexpr size_t kLocks = 64;         // locks share entries: one of them may get the other's pace
 
     enum class Stage : uint8_t { holding, outside, alone };
 
@@ -100,23 +111,6 @@ class PaceLearner {
             value = sample + 1;
         else
             value = sample > value ? value + value / up + 1 : value - value / down;
-    }
-
-    void sample_at_release() noexcept {
-        if (stage_ != Stage::holding) return;
-        learn(of(sampled_).hold_after_handover, CycleClock::now() - since_, 16, 16);
-        stage_ = Stage::outside;
-    }
-
-    void sample_at_acquire() noexcept {
-        const uint64_t now = CycleClock::now();
-        if (stage_ == Stage::alone) {
-            learn(of(sampled_).turn_alone, now - since_, 64, 8);
-            sampled_ = nullptr;
-        } else {
-            stage_ = Stage::alone;  // unless this acquire has to wait: handed_over()
-            since_ = now;
-        }
     }
 
     const void* sampled_ = nullptr;
