@@ -49,6 +49,14 @@ $(UNIT_TESTS): $(B)/unit/%: regress/unit/%.cpp $(B)/libadaptive.a
 
 $(B)/unit/interleavings_test: LDLIBS += -lboost_context
 
+# The per-CPU operations in shared objects, at every level of optimisation.
+PERCPU_OPS := $(patsubst %,$(B)/lib/libpercpu_ops_O%.so,0 1 2 3)
+$(PERCPU_OPS): $(B)/lib/libpercpu_ops_O%.so: $(wildcard regress/unit/percpu/*) $(wildcard src/rseq/*.h)
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) -std=c++20 -O$* -g -Wall -Wextra -Isrc -fPIC -shared $(filter %.cpp,$^) -o $@
+$(B)/unit/percpu_test: | $(PERCPU_OPS)
+$(B)/unit/percpu_test: LDLIBS += -ldl
+
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
