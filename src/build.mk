@@ -11,7 +11,7 @@ ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP
 CLANG := $(or $(CLANG),clang)
 BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
 
-LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp)
+LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp src/notify/*.cpp)
 LIB_OBJECTS := $(LIB_SOURCES:%.cpp=$(B)/%.o)
 UNIT_TESTS := $(patsubst regress/unit/%.cpp,$(B)/unit/%,$(wildcard regress/unit/*_test.cpp))
 
@@ -61,10 +61,19 @@ $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
+# Examples: each a program of one file.
+EXAMPLES := $(patsubst examples/%.cpp,$(B)/examples/%,$(wildcard examples/*.cpp))
+.PHONY: examples
+adaptive: examples
+examples: $(EXAMPLES)
+$(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -o $@
+
 .PHONY: lock_torture
 lock_torture: $(B)/lock_torture
 $(B)/lock_torture: regress/torture/lock_torture.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
--include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)
+-include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)

@@ -58,6 +58,7 @@ TEST_F(SchedmirrorTest, OwnersAndModes) {
     } files[] = {{"", 0750},
                  {"/slots", 0660},
                  {"/claims", 0660},
+                 {"/notes", 0660},
                  {"/tasks", 0660},
                  {"/deactivate", 0600},
                  {"/sched_switch", 0600},

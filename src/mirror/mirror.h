@@ -31,6 +31,7 @@
 namespace adaptive {
 
 static_assert(sizeof(sched_slot) == 64 && sizeof(sched_claim) == 64 && sizeof(sched_header) == 64);
+static_assert(sizeof(sched_notes) == 192);
 
 enum class SchedState : uint32_t {
     unknown = SCHED_UNKNOWN,
@@ -138,6 +139,9 @@ class MirrorTask {
 
     SlotId slot() const noexcept { return slot_; }  // 0 when not attached
 
+    // Whether the kernel writes this task's notes (notify/deschedule.h). Not before the next attach: off.
+    bool set_notes(bool on, Error* error) noexcept;
+
     // "I am running", said at every lock acquire. Costs a load or two while nothing changed. False: the
     // mirror behind this registration has been unloaded, or the slot was taken over; drop the slot, detach,
     // attach again later.
@@ -146,6 +150,9 @@ class MirrorTask {
     // Said after every sleep. A mirror whose program was taken away without unloading it looks active for
     // ever; here it is found out. Costs a load while the own switch count moves.
     Recording note_slept() noexcept;
+
+    // Whether this registration with the bpf mirror still counts: neither unloaded nor taken over.
+    bool registered() const noexcept;
 
   private:
     bool note_switched(uint64_t switches) noexcept;

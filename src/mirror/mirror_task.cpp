@@ -119,6 +119,18 @@ bool MirrorTask::note_switched(uint64_t switches) noexcept {
     return true;
 }
 
+bool MirrorTask::registered() const noexcept {
+    return source_ == Source::bpf && __atomic_load_n(&header_->active, __ATOMIC_RELAXED) != 0 &&
+           __atomic_load_n(&claim_->generation, __ATOMIC_RELAXED) == generation_;
+}
+
+bool MirrorTask::set_notes(bool on, Error* error) noexcept {
+    if (source_ != Source::bpf) return fail(error, "this task is not registered with a bpf mirror");
+    const int problem = bpf::set_registration(tasks_fd_, {slot_ | (on ? SCHED_HAS_NOTES : 0), generation_});
+    return problem == 0 ||
+           fail(error, "the kernel does not change this task's registration: %s", strerror(problem));
+}
+
 // A sleep whose wake-up came first switches nothing, so a count that stands still proves nothing by itself.
 // The kernel's accounts do: sixteen switches there and none here. They are asked for at every sixteenth such
 // sleep only.
