@@ -282,24 +282,71 @@ TEST_F(DescheduleTest, HostileNotesStayInTheirSlot) {
     close_all(notes);
 }
 
+// At no other time: not when the task comes back, either.
+TEST_F(DescheduleTest, NotWrittenWhenTheTaskComesBack) {
+    Shared<Tally> tally;
+    int ends[2];
+    ASSERT_EQ(pipe(ends), 0);
+    Child child([&] {
+        Member member;
+        Error error;
+        if (!member.join(dir, *tally)) return;
+        volatile uint32_t* word = member.notes.add<uint32_t>(0, 77, &error);
+        for (char byte; read(ends[0], &byte, 1) == 1;) tally->uses = *word;
+    });
+    ASSERT_TRUE(eventually([&] { return tally->slot != 0 || tally->failed != 0; }));
+    ASSERT_EQ(tally->failed, 0) << tally->text;
+    const auto slot = static_cast<SlotId>(tally->slot);
+    sched_notes* notes = all();
+    auto* word = reinterpret_cast<volatile uint32_t*>(notes[slot].words);
+    // It may be descheduled between coming back and looking, but not every time.
+    auto comes_back_to_what_was_put_there = [&] {
+        if (!eventually([&] { return mirror.look(slot) == SchedState::blocked; })) return false;
+        *word = 5;
+        tally->uses = 0;
+        EXPECT_EQ(write(ends[1], "x", 1), 1);
+        return eventually([&] { return tally->uses != 0; }) && tally->uses == 5;
+    };
+    EXPECT_TRUE(eventually(comes_back_to_what_was_put_there));
+    EXPECT_TRUE(eventually([&] { return *word == 77; }));
+    close_all(notes);
+}
+
+TEST_F(DescheduleTest, ReplaceComesTooLateAfterADeschedule) {
+    DescheduleNotes notes;
+    Error error;
+    ASSERT_TRUE(notes.open(dir.c_str(), mirror, task, &error)) << error.text;
+    volatile uint64_t* word = notes.add<uint64_t>(0, 0, &error);
+    ASSERT_NE(word, nullptr) << error.text;
+    *word = 1;
+    usleep(1000);
+    EXPECT_FALSE(DescheduleNotes::replace<uint64_t>(word, 1, 2));
+    EXPECT_EQ(*word, 0u);
+    EXPECT_TRUE(DescheduleNotes::replace<uint64_t>(word, 0, 2));
+    usleep(1000);
+    EXPECT_EQ(*word, 0u);
+    notes.close();
+}
+
+// A task that dies is written a last time. With the switch program gone, no other store can explain the value.
 TEST_F(DescheduleTest, WrittenAtDeath) {
-    if (sysconf(_SC_NPROCESSORS_ONLN) < 2)
-        GTEST_SKIP() << "needs two CPUs: the task must be running when it is killed";
-    test::RestoreAffinity restore;
-    test::pin_to(1);
     Shared<Tally> tally;
     Child child([&] {
         Member member;
         Error error;
         if (!member.join(dir, *tally)) return;
-        test::pin_to(0);
-        volatile uint32_t* word = member.notes.add<uint32_t>(0, 77, &error);
+        member.notes.add<uint32_t>(0, 77, &error);
         tally->ready = 1;
-        for (;;) *word = 1;
+        for (;;) pause();
     });
     ASSERT_TRUE(eventually([&] { return tally->ready != 0 || tally->failed != 0; }));
+    ASSERT_EQ(unlink((dir + "/sched_switch").c_str()), 0);
+    usleep(100000);
     sched_notes* notes = all();
     auto* word = reinterpret_cast<volatile uint32_t*>(notes[tally->slot].words);
+    *word = 1;
+    usleep(1000);
+    ASSERT_EQ(*word, 1u);
     child.end(SIGKILL);
     EXPECT_EQ(*word, 77u);
     close_all(notes);

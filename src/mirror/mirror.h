@@ -45,7 +45,7 @@ const char* name_of(SchedState state) noexcept;  // for people: on_cpu, preempte
 
 using SlotId = uint16_t;  // 0 = none
 
-enum class Source : uint8_t { off, rseq, bpf };
+enum class Source : uint8_t { off, rseq, bpf, kernel };  // kernel: sched_state/sched_state.h only
 
 struct Error {
     char text[256];
@@ -90,6 +90,8 @@ class Mirror {
 
     SlotInfo info(SlotId slot) const noexcept;  // for people: slower, consistent about who has the slot
     uint32_t capacity() const noexcept { return limit_ == 0 ? 0 : limit_ - 1; }
+    // Who has a slot, of one moment: tid and generation. bpf only; slot: 1 .. capacity().
+    sched_claim claim(SlotId slot) const noexcept;
     uint32_t used() const noexcept;               // slots taken; walks the table
     uint32_t id() const noexcept { return id_; }  // bpf: no two mirrors of this boot have the same; else 0
 
@@ -138,6 +140,7 @@ class MirrorTask {
     void reset_after_fork() noexcept { *this = MirrorTask(); }  // forget, the slot is the parent's
 
     SlotId slot() const noexcept { return slot_; }  // 0 when not attached
+    uint32_t generation() const noexcept { return generation_; }
 
     // Whether the kernel writes this task's notes (notify/deschedule.h). Not before the next attach: off.
     bool set_notes(bool on, Error* error) noexcept;
@@ -199,6 +202,14 @@ inline SchedState Mirror::look_bpf(SlotId slot) const noexcept {
     const uint64_t seen = __atomic_load_n(&claims_[slot].seen_switches, __ATOMIC_RELAXED);
     if (seen == __atomic_load_n(&s.switches, __ATOMIC_RELAXED)) return SchedState::on_cpu;
     return state <= SCHED_DEAD ? static_cast<SchedState>(state) : SchedState::unknown;
+}
+
+inline sched_claim Mirror::claim(SlotId slot) const noexcept {
+    sched_claim claim = {};
+    const uint64_t both =
+        __atomic_load_n(reinterpret_cast<const uint64_t*>(&claims_[slot]), __ATOMIC_RELAXED);
+    __builtin_memcpy(&claim, &both, sizeof(both));
+    return claim;
 }
 
 inline SchedState Mirror::look_rseq(SlotId slot) const noexcept {

@@ -31,6 +31,18 @@ bool exists(uint32_t tid) noexcept {
     return pid > 0 && (kill(pid, 0) == 0 || errno != ESRCH);
 }
 
+// Gives a claim back and moves its generation on, in one store: whoever remembers this task by slot and
+// generation never meets the next one, as after a death (schedmirror.bpf.c).
+void leave(sched_claim* claim, uint32_t tid, uint32_t generation) noexcept {
+    static_assert(offsetof(sched_claim, tid) == 0 && offsetof(sched_claim, generation) == 4);
+    const uint32_t from[2] = {tid, generation}, to[2] = {0, generation + 1};
+    uint64_t expected, desired;
+    memcpy(&expected, from, sizeof(expected));
+    memcpy(&desired, to, sizeof(desired));
+    __atomic_compare_exchange_n(reinterpret_cast<uint64_t*>(claim), &expected, desired, false,
+                                __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+
 // How often the kernel has switched the calling task out, by its own accounts.
 int64_t times_switched_out() noexcept {
     rusage usage = {};
@@ -198,7 +210,7 @@ void MirrorTask::detach() noexcept {
         bpf::delete_registration(tasks_fd_);
         if (__atomic_load_n(&claim_->generation, __ATOMIC_RELAXED) == generation_) {
             __atomic_store_n(&claim_->seen_switches, SCHED_NEVER_SEEN, __ATOMIC_RELAXED);
-            swap(&claim_->tid, tid_, 0);
+            leave(claim_, tid_, generation_);
         }
     }
     if (source_ == Source::rseq &&
