@@ -287,6 +287,12 @@ TEST_F(DescheduleTest, NotWrittenWhenTheTaskComesBack) {
     Shared<Tally> tally;
     int ends[2];
     ASSERT_EQ(pipe(ends), 0);
+    // On a CPU that never idles: not every kernel traces the switch away from the idle task.
+    test::RestoreAffinity restore;
+    test::pin_to(0);
+    Child busy([] {
+        for (;;) asm volatile("");
+    });
     Child child([&] {
         Member member;
         Error error;
@@ -299,15 +305,17 @@ TEST_F(DescheduleTest, NotWrittenWhenTheTaskComesBack) {
     const auto slot = static_cast<SlotId>(tally->slot);
     sched_notes* notes = all();
     auto* word = reinterpret_cast<volatile uint32_t*>(notes[slot].words);
-    // It may be descheduled between coming back and looking, but not every time.
-    auto comes_back_to_what_was_put_there = [&] {
-        if (!eventually([&] { return mirror.look(slot) == SchedState::blocked; })) return false;
+    // It may be descheduled between coming back and looking, but seldom.
+    int turns = 0, untouched = 0;
+    for (; turns < 30; turns++) {
+        ASSERT_TRUE(eventually([&] { return mirror.look(slot) == SchedState::blocked; }));
         *word = 5;
         tally->uses = 0;
-        EXPECT_EQ(write(ends[1], "x", 1), 1);
-        return eventually([&] { return tally->uses != 0; }) && tally->uses == 5;
-    };
-    EXPECT_TRUE(eventually(comes_back_to_what_was_put_there));
+        ASSERT_EQ(write(ends[1], "x", 1), 1);
+        ASSERT_TRUE(eventually([&] { return tally->uses != 0; }));
+        untouched += tally->uses == 5;
+    }
+    EXPECT_GT(untouched, turns / 2);
     EXPECT_TRUE(eventually([&] { return *word == 77; }));
     close_all(notes);
 }
