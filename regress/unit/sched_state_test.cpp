@@ -329,6 +329,33 @@ TEST_P(EverySource, ComingAndGoing) {
     EXPECT_EQ(resurrected.load(), 0u);
 }
 
+// Several at once at the one slot, without pause: whoever gets it keeps it.
+TEST_P(EverySource, CompetitorsSpoilNothing) {
+    std::atomic<uint64_t> attached{0}, taken_for_dead{0};
+    std::atomic<bool> stop{false}, too_old{false};
+    auto compete = [&] {
+        SchedStateTask task;
+        Error error;
+        while (!stop) {
+            if (!attach(task, error)) {
+                too_old = too_old || strstr(error.text, "6.9") != nullptr;
+                continue;
+            }
+            attached++;
+            for (int i = 0; i < 20; i++) taken_for_dead += dead(task.handle());
+            task.detach();
+        }
+    };
+    std::vector<std::thread> threads;
+    for (int i = 0; i < 4; i++) threads.emplace_back(compete);
+    usleep(700000);
+    stop = true;
+    for (std::thread& thread : threads) thread.join();
+    if (too_old) GTEST_SKIP() << "single threads cannot be registered before Linux 6.9";
+    EXPECT_GT(attached.load(), 100u);
+    EXPECT_EQ(taken_for_dead.load(), 0u) << "of " << attached;
+}
+
 // The next process gets its predecessor's process id, and its slot.
 TEST_P(EverySource, ReusedThreadIdIsAnotherThread) {
     if (geteuid() != 0) GTEST_SKIP() << "choosing process ids needs root";
