@@ -70,10 +70,17 @@ $(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -o $@
 
+.PHONY: accuracy
+adaptive: accuracy
+accuracy: $(B)/accuracy
+$(B)/accuracy: bench/accuracy.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
+
 .PHONY: lock_torture
 lock_torture: $(B)/lock_torture
 $(B)/lock_torture: regress/torture/lock_torture.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
--include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)
+-include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/accuracy.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)

