@@ -243,7 +243,7 @@ TEST_P(EverySource, DeadThreadIsSeenAndItsSlotRecycled) {
         ASSERT_EQ(handle.slot, 1u) << error.text;
         EXPECT_TRUE(alive);
         // join() may return a little before the kernel has taken the thread down for all to see.
-        EXPECT_TRUE(eventually([&] { return dead(handle); }));
+        ASSERT_TRUE(eventually([&] { return dead(handle); }));
         handles.push_back(handle);
     }
 }
@@ -331,7 +331,7 @@ TEST_P(EverySource, ComingAndGoing) {
 
 // Several at once at the one slot, without pause: whoever gets it keeps it.
 TEST_P(EverySource, CompetitorsSpoilNothing) {
-    std::atomic<uint64_t> attached{0}, taken_for_dead{0};
+    std::atomic<uint64_t> attached{0}, taken_for_dead{0}, resurrected{0};
     std::atomic<bool> stop{false}, too_old{false};
     auto compete = [&] {
         SchedStateTask task;
@@ -343,7 +343,9 @@ TEST_P(EverySource, CompetitorsSpoilNothing) {
             }
             attached++;
             for (int i = 0; i < 20; i++) taken_for_dead += dead(task.handle());
+            const SchedHandle before = task.handle();
             task.detach();
+            for (int i = 0; i < 200; i++) resurrected += !dead(before);
         }
     };
     std::vector<std::thread> threads;
@@ -354,6 +356,7 @@ TEST_P(EverySource, CompetitorsSpoilNothing) {
     if (too_old) GTEST_SKIP() << "single threads cannot be registered before Linux 6.9";
     EXPECT_GT(attached.load(), 10u);
     EXPECT_EQ(taken_for_dead.load(), 0u) << "of " << attached;
+    EXPECT_EQ(resurrected.load(), 0u) << "of " << attached;
 }
 
 // The next process gets its predecessor's process id, and its slot.
