@@ -342,10 +342,10 @@ TEST_P(EverySource, CompetitorsSpoilNothing) {
                 continue;
             }
             attached++;
-            for (int i = 0; i < 20; i++) taken_for_dead += dead(task.handle());
+            for (int i = 0; i < 100; i++) taken_for_dead += dead(task.handle());
             const SchedHandle before = task.handle();
             task.detach();
-            for (int i = 0; i < 200; i++) resurrected += !dead(before);
+            for (int i = 0; i < 100; i++) resurrected += !dead(before);
         }
     };
     std::vector<std::thread> threads;
