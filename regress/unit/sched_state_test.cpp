@@ -58,15 +58,15 @@ struct Said {
 // One table for this process and its children.
 class SchedStateTest : public test::PrivateMirror {
   protected:
-    void SetUp() override { make(Source::rseq, 8); }
+    void SetUp() override { make(SchedSource::rseq, 8); }
     void TearDown() override {
         states.close();
         if (memory != nullptr) munmap(memory, size);
         if (states_are_the_mirror) PrivateMirror::TearDown();
     }
-    void make(Source source, uint32_t slots) {
+    void make(SchedSource source, uint32_t slots) {
         Error error;
-        if (source == Source::bpf) {
+        if (source == SchedSource::bpf) {
             PrivateMirror::SetUp();
             if (IsSkipped() || HasFatalFailure()) return;
             states_are_the_mirror = true;
@@ -126,7 +126,7 @@ TEST(KernelField, IsProbedByFeatureSize) {
 
 class KernelTest : public SchedStateTest {
   protected:
-    void SetUp() override { make(Source::kernel, 2); }
+    void SetUp() override { make(SchedSource::kernel, 2); }
 };
 
 TEST_F(KernelTest, ReadsWhatTheKernelWrites) {
@@ -170,7 +170,7 @@ TEST_F(KernelTest, KernelThatDoesNotKeepTheFieldIsFoundOut) {
 
 // ---- from every source ----
 
-class EverySource : public SchedStateTest, public ::testing::WithParamInterface<Source> {
+class EverySource : public SchedStateTest, public ::testing::WithParamInterface<SchedSource> {
   protected:
     void SetUp() override { make(GetParam(), 2); }
 };
@@ -273,7 +273,7 @@ TEST_P(EverySource, ExecAndForkAreNoInheritance) {
     EXPECT_FALSE(dead(said->told()));
     said->go = 2;
     // With bpf the registration belongs to the task, which lives on.
-    if (GetParam() != Source::bpf) {
+    if (GetParam() != SchedSource::bpf) {
         EXPECT_TRUE(eventually([&] { return dead(said->told()); }));
     }
     child.end(SIGKILL);
@@ -406,11 +406,12 @@ TEST_P(EverySource, ReusedThreadIdIsAnotherThread) {
     EXPECT_TRUE(dead(second->told()));
 }
 
-INSTANTIATE_TEST_SUITE_P(Sources, EverySource, ::testing::Values(Source::rseq, Source::bpf, Source::kernel),
+INSTANTIATE_TEST_SUITE_P(Sources, EverySource,
+                         ::testing::Values(SchedSource::rseq, SchedSource::bpf, SchedSource::kernel),
                          [](const auto& info) {
-                             return info.param == Source::bpf    ? "bpf"
-                                    : info.param == Source::rseq ? "rseq"
-                                                                 : "kernel";
+                             return info.param == SchedSource::bpf    ? "bpf"
+                                    : info.param == SchedSource::rseq ? "rseq"
+                                                                      : "kernel";
                          });
 
 // ---- tables ----

@@ -45,7 +45,7 @@ const char* name_of(SchedState state) noexcept;  // for people: on_cpu, preempte
 
 using SlotId = uint16_t;  // 0 = none
 
-enum class Source : uint8_t { off, rseq, bpf, kernel };  // kernel: sched_state/sched_state.h only
+enum class Source : uint8_t { off, rseq, bpf };
 
 struct Error {
     char text[256];

@@ -89,9 +89,9 @@ bool RseqRegistration::offers_sched_state() const noexcept {
 // ---- the reader's view ----
 
 bool SchedStates::open_bpf(const char* dir, Error* error) noexcept {
-    if (source_ != Source::off) return fail(error, "a table is open already");
+    if (source_ != SchedSource::off) return fail(error, "a table is open already");
     if (!mirror_.open_bpf(dir, error)) return false;
-    source_ = Source::bpf;
+    source_ = SchedSource::bpf;
     return true;
 }
 
@@ -99,7 +99,7 @@ size_t SchedStates::bytes(uint32_t slots, uint32_t cpus) noexcept {
     return slots * sizeof(SchedStateSlot) + Mirror::rseq_bytes(slots, cpus);
 }
 
-void SchedStates::format(void* mem, uint32_t slots, uint32_t cpus, Source source) noexcept {
+void SchedStates::format(void* mem, uint32_t slots, uint32_t cpus, SchedSource source) noexcept {
     auto* table = static_cast<SchedStateSlot*>(mem);
     memset(mem, 0, bytes(slots, cpus));
     for (uint32_t i = 1; i < slots; i++) make_mutex(&table[i].life);
@@ -113,14 +113,14 @@ void SchedStates::format(void* mem, uint32_t slots, uint32_t cpus, Source source
 }
 
 bool SchedStates::open(void* mem, Error* error) noexcept {
-    if (source_ != Source::off) return fail(error, "a table is open already");
+    if (source_ != SchedSource::off) return fail(error, "a table is open already");
     const auto* header = static_cast<const Header*>(mem);
     if (reinterpret_cast<uintptr_t>(mem) % alignof(SchedStateSlot) != 0)
         return fail(error, "the table of states is not 64-byte aligned");
     if (__atomic_load_n(&header->magic, __ATOMIC_ACQUIRE) != kMagic || header->version != kVersion)
         return fail(error, "this memory holds no table of states of a known layout: format it first");
-    const auto source = static_cast<Source>(header->source);
-    if (source != Source::kernel && source != Source::rseq)
+    const auto source = static_cast<SchedSource>(header->source);
+    if (source != SchedSource::kernel && source != SchedSource::rseq)
         return fail(error, "the table of states has a source that needs none");
     auto* table = static_cast<SchedStateSlot*>(mem);
     if (!mirror_.open_rseq(table + header->slots, error)) return false;
@@ -139,13 +139,13 @@ void SchedStates::close() noexcept {
 bool SchedStateTask::attach(SchedStates& states, Error* error,
                             const RseqRegistration& registration) noexcept {
     if (handle_.slot != 0) return true;
-    if (states.source_ == Source::off) return fail(error, "no table of states is open");
-    if (states.source_ == Source::bpf) {
+    if (states.source_ == SchedSource::off) return fail(error, "no table of states is open");
+    if (states.source_ == SchedSource::bpf) {
         if (!task_.attach(states.mirror_, error)) return false;
         handle_ = {task_.slot(), task_.generation()};
         return true;
     }
-    if (states.source_ == Source::kernel && !registration.offers_sched_state())
+    if (states.source_ == SchedSource::kernel && !registration.offers_sched_state())
         return fail(error,
                     "the running kernel offers no sched_state in struct rseq, or glibc's area has no "
                     "room for it");
@@ -157,7 +157,7 @@ bool SchedStateTask::attach(SchedStates& states, Error* error,
     slot_ = &states.slots_[number];
     registration_ = registration;
     handle_ = {number, __atomic_load_n(&slot_->generation, __ATOMIC_RELAXED)};
-    if (states.source_ == Source::rseq
+    if (states.source_ == SchedSource::rseq
             ? task_.attach_rseq(states.mirror_, static_cast<SlotId>(number), nullptr, error)
             : register_with_kernel(error))
         return true;

@@ -53,6 +53,8 @@ inline constexpr uint32_t kSchedBlocked = 1U << 17;
 inline constexpr uint32_t kSchedDead = 1U << 18;
 inline constexpr uint32_t kSchedUnknown = 1U << 19;
 
+enum class SchedSource : uint8_t { off, rseq, bpf, kernel };
+
 // Who is meant. May lie in shared memory, and be kept for as long as one likes. All zero: nobody.
 struct SchedHandle {
     uint32_t slot;
@@ -86,12 +88,12 @@ class SchedStates {
     // kernel and rseq: memory, 64-byte aligned, for `slots` slot numbers (0 included) and `cpus` CPUs (the
     // highest CPU number + 1). format: once, by its creator, who chooses the source.
     static size_t bytes(uint32_t slots, uint32_t cpus) noexcept;
-    static void format(void* mem, uint32_t slots, uint32_t cpus, Source source) noexcept;
+    static void format(void* mem, uint32_t slots, uint32_t cpus, SchedSource source) noexcept;
     bool open(void* mem, Error* error) noexcept;
 
     void close() noexcept;
 
-    Source source() const noexcept { return source_; }
+    SchedSource source() const noexcept { return source_; }
     uint32_t capacity() const noexcept { return mirror_.capacity(); }
 
     // For the spinner: kernel cannot tell preempted from blocked, and says preempted.
@@ -108,7 +110,7 @@ class SchedStates {
     };
     Observed observe(SchedHandle handle) const noexcept;
 
-    Source source_ = Source::off;
+    SchedSource source_ = SchedSource::off;
     SchedStateSlot* slots_ = nullptr;  // kernel, rseq
     Mirror mirror_;                    // bpf, rseq; kernel: not looked at
 };
@@ -145,14 +147,14 @@ inline SchedStates::Observed SchedStates::observe(SchedHandle handle) const noex
     SchedState state;
     uint32_t tid;
     uint32_t generation;
-    if (source_ == Source::kernel) {
+    if (source_ == SchedSource::kernel) {
         const uint32_t word = __atomic_load_n(&slots_[handle.slot].state.state, __ATOMIC_RELAXED);
         state = (word & kSchedOnCpu) != 0 ? SchedState::on_cpu : SchedState::preempted;
     } else {
         state = mirror_.look(static_cast<SlotId>(handle.slot));
     }
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
-    if (source_ == Source::bpf) {
+    if (source_ == SchedSource::bpf) {
         const sched_claim claim = mirror_.claim(static_cast<SlotId>(handle.slot));
         tid = claim.tid;
         generation = claim.generation;
@@ -175,7 +177,7 @@ inline rseq_sched_state SchedStates::read(SchedHandle handle) const noexcept {
             state = kSchedOnCpu;
             break;
         case SchedState::preempted:
-            state = source_ == Source::kernel ? 0 : kSchedPreempted;
+            state = source_ == SchedSource::kernel ? 0 : kSchedPreempted;
             break;
         case SchedState::blocked:
             state = kSchedBlocked;
