@@ -70,6 +70,8 @@ $(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -o $@
 
+$(B)/unit/deschedule_test $(B)/unit/rseq_shared_test: | $(EXAMPLES)
+
 .PHONY: accuracy
 adaptive: accuracy
 accuracy: $(B)/accuracy

@@ -249,6 +249,22 @@ TEST_F(DescheduleTest, CachedCpuIsRightOrGone) {
     }
 }
 
+// The example itself: it asks for its CPU about once a deschedule, and not at every use.
+TEST_F(DescheduleTest, Example) {
+    const test::Outcome outcome = test::shell(test::example_path("cached_cpu_pointer") + " " + dir);
+    ASSERT_EQ(outcome.exit_code, 0) << outcome.output;
+    unsigned long uses = 0, looked = 0, left = 0;
+    ASSERT_EQ(sscanf(outcome.output.c_str(), "%lu uses, %lu times asked for the CPU, %lu times", &uses,
+                     &looked, &left),
+              3)
+        << outcome.output;
+    EXPECT_GE(looked, 1u);
+    EXPECT_LE(looked, left + 1) << outcome.output;
+    EXPECT_GT(uses, 1000 * looked) << outcome.output;
+    EXPECT_NE(test::shell(test::example_path("cached_cpu_pointer") + " /sys/fs/bpf/no_such_mirror").exit_code,
+              0);
+}
+
 // Notes that say anything: the stores stay in the words of that slot.
 TEST_F(DescheduleTest, HostileNotesStayInTheirSlot) {
     Shared<Tally> tally;

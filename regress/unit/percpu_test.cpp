@@ -26,6 +26,9 @@ namespace {
 constexpr size_t kLane = 128, kCounter = 0, kSlots = 8, kList = 64;  // offsets in a lane
 
 bool expect_rseq() {
+#ifdef __SANITIZE_THREAD__
+    return false;  // see PerCpu::here()
+#endif
     return rseq_area() != nullptr && getenv("NO_RSEQ") == nullptr;
 }
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <random>
 
+#include "private_mirror.h"
 #include "processes.h"
 #include "rseq/percpu.h"
 #include "sched_state/sched_state.h"
@@ -95,6 +96,9 @@ TEST_F(RseqShared, CriticalSectionsAreRestartedInIt) {
 
 // What uses glibc's area goes on without it, and with it again.
 TEST_F(RseqShared, TheOthersGoOn) {
+#ifdef __SANITIZE_THREAD__
+    GTEST_SKIP() << "under this sanitizer PerCpu does without rseq";
+#endif
     Shared<SharedArea> shared;
     Child child([&] {
         test::pin_to(0);
@@ -118,6 +122,12 @@ TEST_F(RseqShared, TheOthersGoOn) {
     EXPECT_EQ(child.wait(), 0);
     EXPECT_EQ(shared->turns, 1u);
     EXPECT_EQ(shared->wrong, 0u);
+}
+
+TEST_F(RseqShared, Example) {
+    const test::Outcome outcome = test::shell(test::example_path("rseq_shared"));
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
+    EXPECT_NE(outcome.output.find("seen after"), std::string::npos) << outcome.output;
 }
 
 // Why this alone is no mirror: the area of a process that was killed goes on telling its last CPU.

@@ -62,7 +62,8 @@ bool claim(SchedStateSlot& slot) noexcept {
     const int locked = pthread_mutex_trylock(&slot.life);
     if (locked == EOWNERDEAD) pthread_mutex_consistent(&slot.life);
     if (locked != 0 && locked != EOWNERDEAD) return false;
-    slot.state = {};
+    __atomic_store_n(&slot.state.state, 0, __ATOMIC_RELAXED);
+    __atomic_store_n(&slot.state.tid, 0, __ATOMIC_RELAXED);
     __atomic_add_fetch(&slot.generation, 1, __ATOMIC_RELEASE);
     return true;
 }
@@ -177,8 +178,10 @@ bool SchedStateTask::set_pointer(const rseq_sched_state* state) noexcept {
 // the time the registration returns.
 bool SchedStateTask::register_with_kernel(Error* error) noexcept {
     if (!set_pointer(&slot_->state)) return fail(error, "the kernel does not let rseq be registered anew");
-    const volatile rseq_sched_state& state = slot_->state;
-    if (state.tid != 0 && (state.state & kSchedOnCpu) != 0) return true;
+    const rseq_sched_state& state = slot_->state;
+    if (__atomic_load_n(&state.tid, __ATOMIC_RELAXED) != 0 &&
+        (__atomic_load_n(&state.state, __ATOMIC_RELAXED) & kSchedOnCpu) != 0)
+        return true;
     return fail(error,
                 "the running kernel has an rseq area large enough for sched_state, but does not keep it");
 }

@@ -153,7 +153,9 @@ inline SchedStates::Observed SchedStates::observe(SchedHandle handle) const noex
     } else {
         state = mirror_.look(static_cast<SlotId>(handle.slot));
     }
+#ifndef __SANITIZE_THREAD__  // it knows no fences
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
+#endif
     if (source_ == SchedSource::bpf) {
         const sched_claim claim = mirror_.claim(static_cast<SlotId>(handle.slot));
         tid = claim.tid;
@@ -166,6 +168,9 @@ inline SchedStates::Observed SchedStates::observe(SchedHandle handle) const noex
         generation = __atomic_load_n(&slot.generation, __ATOMIC_RELAXED);
     }
     if (tid == 0 || generation != handle.generation) return {SchedState::dead, 0};
+    // The claim alone tells the dead. The mirror may still show the slot's last user's death to a reader whom a
+    // switch of the present one overtakes.
+    if (state == SchedState::dead) state = SchedState::preempted;
     return {state, tid};
 }
 
