@@ -1,66 +1,74 @@
 #include "stats.h"
 
-#include <sys/sysinfo.h>
-
 #include <algorithm>
 #include <atomic>
 
-#include "rseq/rseq_area.h"
+#include "rseq/percpu.h"
 
 namespace adaptive::stats {
 namespace {
 
 using Counter = std::atomic<uint64_t>;
-static_assert(Counter::is_always_lock_free);
+static_assert(Counter::is_always_lock_free && sizeof(Counter) == sizeof(uint64_t));
 
 struct alignas(64) Tranche {
     Counter of[kEvents];
 };
-struct PerCpu {
+struct Table {
     Tranche tranche[kTranches];
 };
+static_assert(sizeof(Table) % 64 == 0);
 
-PerCpu* per_cpu = nullptr;  // shared memory, cpus() elements
+// Shared memory: what the totals were at the last reset, and a table per lane behind it.
+Table* at_reset = nullptr;
 
-// More CPUs than this share tables: a table is 16 kB.
-constexpr int kMostTables = 128;
+// More CPUs than this count in the common lane: a table is 16 kB.
+constexpr uint32_t kMostCpus = 128;
 
-int tables() {
-    static const int n = std::clamp(get_nprocs_conf(), 1, kMostTables);
+uint32_t cpus() {
+    static const uint32_t n = std::clamp(PerCpu::possible_cpus(), 1U, kMostCpus);
     return n;
+}
+
+PerCpu tables() {
+    return PerCpu(at_reset + 1, sizeof(Table), cpus());
+}
+
+size_t offset(int tranche, int event) {
+    return offsetof(Table, tranche) + sizeof(Tranche) * static_cast<size_t>(tranche) +
+           sizeof(Counter) * static_cast<size_t>(event);
 }
 
 }  // namespace
 
 size_t shmem_bytes() {
-    return sizeof(PerCpu) * tables();
+    return sizeof(Table) + PerCpu::bytes(sizeof(Table), cpus());
 }
 
 void shmem_startup() {
     bool found;
-    per_cpu = static_cast<PerCpu*>(ShmemInitStruct("adaptive_lwlock statistics", shmem_bytes(), &found));
-    if (!found) reset();
+    at_reset = static_cast<Table*>(ShmemInitStruct("adaptive_lwlock statistics", shmem_bytes(), &found));
+    if (!found) std::fill_n(reinterpret_cast<char*>(at_reset), shmem_bytes(), 0);
 }
 
 void count(uint16_t tranche, LockEvent event, uint64_t n) {
-    if (per_cpu == nullptr) return;
-    PerCpu& table = per_cpu[current_cpu() % static_cast<uint32_t>(tables())];
-    Tranche& row = table.tranche[std::min<int>(tranche, kOtherTranches)];
-    row.of[static_cast<int>(event)].fetch_add(n, std::memory_order_relaxed);
+    if (at_reset == nullptr) return;
+    tables().add(offset(std::min<int>(tranche, kOtherTranches), static_cast<int>(event)), n);
 }
 
 Totals totals(int tranche) {
     Totals sum = {};
-    for (int t = 0; t < tables(); t++)
-        for (int e = 0; e < kEvents; e++)
-            sum.of[e] += per_cpu[t].tranche[tranche].of[e].load(std::memory_order_relaxed);
+    for (int e = 0; e < kEvents; e++)
+        sum.of[e] = tables().sum(offset(tranche, e)) -
+                    at_reset->tranche[tranche].of[e].load(std::memory_order_relaxed);
     return sum;
 }
 
 void reset() {
-    for (int t = 0; t < tables(); t++)
-        for (Tranche& row : per_cpu[t].tranche)
-            for (Counter& c : row.of) c.store(0, std::memory_order_relaxed);
+    // The counters go on: an addition by another CPU would overwrite a zero.
+    for (int t = 0; t < kTranches; t++)
+        for (int e = 0; e < kEvents; e++)
+            at_reset->tranche[t].of[e].store(tables().sum(offset(t, e)), std::memory_order_relaxed);
 }
 
 }  // namespace adaptive::stats

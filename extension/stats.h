@@ -2,9 +2,8 @@
 /*
  * Counters of what happened on the slow path, per tranche, in shared memory.
  *
- * One table per CPU, so that backends on different CPUs do not fight over the lines they count on; the sum
- * over the CPUs is the truth. Additions are atomic, as a backend can be moved to another CPU between finding
- * its table and counting.
+ * One table per CPU (rseq/percpu.h), so that backends on different CPUs do not fight over the lines they count
+ * on, and no addition is atomic; the sum over the CPUs is the truth.
  */
 
 #include "lock/adaptive_lock.h"

@@ -11,7 +11,7 @@ ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP
 CLANG := $(or $(CLANG),clang)
 BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
 
-LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp)
+LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp src/notify/*.cpp src/sched_state/*.cpp)
 LIB_OBJECTS := $(LIB_SOURCES:%.cpp=$(B)/%.o)
 UNIT_TESTS := $(patsubst regress/unit/%.cpp,$(B)/unit/%,$(wildcard regress/unit/*_test.cpp))
 
@@ -49,7 +49,33 @@ $(UNIT_TESTS): $(B)/unit/%: regress/unit/%.cpp $(B)/libadaptive.a
 
 $(B)/unit/interleavings_test: LDLIBS += -lboost_context
 
+# The per-CPU operations in shared objects, at every level of optimisation.
+PERCPU_OPS := $(patsubst %,$(B)/lib/libpercpu_ops_O%.so,0 1 2 3)
+$(PERCPU_OPS): $(B)/lib/libpercpu_ops_O%.so: $(wildcard regress/unit/percpu/*) $(wildcard src/rseq/*.h)
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) -std=c++20 -O$* -g -Wall -Wextra -Isrc -fPIC -shared $(filter %.cpp,$^) -o $@
+$(B)/unit/percpu_test: | $(PERCPU_OPS)
+$(B)/unit/percpu_test: LDLIBS += -ldl
+
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
+
+# Examples: each a program of one file.
+EXAMPLES := $(patsubst examples/%.cpp,$(B)/examples/%,$(wildcard examples/*.cpp))
+.PHONY: examples
+adaptive: examples
+examples: $(EXAMPLES)
+$(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -o $@
+
+$(B)/unit/deschedule_test $(B)/unit/rseq_shared_test: | $(EXAMPLES)
+
+.PHONY: accuracy
+adaptive: accuracy
+accuracy: $(B)/accuracy
+$(B)/accuracy: bench/accuracy.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
@@ -59,4 +85,4 @@ $(B)/lock_torture: regress/torture/lock_torture.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
--include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)
+-include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/accuracy.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)

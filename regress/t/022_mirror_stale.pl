@@ -19,7 +19,7 @@ my $stale = "SELECT source, source_reason ~ 'the mirror is stale|no mirror at' F
 my $good = 'SELECT source, source_reason IS NULL FROM adaptive_lwlock_status()';
 
 # The links alone, then everything.
-for my $names ([ 'sched_switch', 'process_exit' ], [ 'slots', 'claims', 'tasks', 'deactivate', 'sched_switch', 'process_exit' ])
+for my $names ([ 'sched_switch', 'process_exit' ], [ 'slots', 'claims', 'notes', 'tasks', 'deactivate', 'sched_switch', 'process_exit' ])
 {
 	my $what = @$names . ' pins';
 	is($node->safe_psql('postgres', $good), 'bpf|t', "$what: the mirror is in use");

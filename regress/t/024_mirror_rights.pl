@@ -14,7 +14,7 @@ my $node = new_server('rights');
 # A copy that everybody may run: the checkout may be closed to others.
 my $command = "$ENV{TESTDIR}/schedmirror";
 as_root('install', '-m', '755', $ENV{SCHEDMIRROR} // 'schedmirror', $command);
-my @pins = ('slots', 'claims', 'tasks', 'deactivate', 'sched_switch', 'process_exit');
+my @pins = ('slots', 'claims', 'notes', 'tasks', 'deactivate', 'sched_switch', 'process_exit');
 my ($program, $link) = split / /, as_root_do(sub { my (undef, $id, $program) = bpf_info(bpf_open("$MIRROR_DIR/sched_switch")); "$program $id" });
 cmp_ok($program, '>', 0, 'the program has a number');
 
@@ -49,8 +49,8 @@ for my $user ('nobody', 'postgres')
 	}
 }
 
-# Members of the group open three of them, to take part.
-is(as_other_do('postgres', sub { bpf_open("$MIRROR_DIR/$_") for 'slots', 'claims', 'tasks'; 'opened' }), 'opened', 'postgres: opens slots, claims and tasks');
+# Members of the group open four of them, to take part.
+is(as_other_do('postgres', sub { bpf_open("$MIRROR_DIR/$_") for 'slots', 'claims', 'notes', 'tasks'; 'opened' }), 'opened', 'postgres: opens slots, claims, notes and tasks');
 refused('postgres', "open $_", $denied, sub { bpf_open("$MIRROR_DIR/$_") }) for 'deactivate', 'sched_switch', 'process_exit';
 refused('postgres', "write slot $_", $not_permitted, sub { bpf_update(bpf_open("$MIRROR_DIR/slots"), $_, "\0" x 64); 1 }) for 0, 1, 100;
 refused('postgres', 'write all slots', $not_permitted, sub { bpf_update_all(bpf_open("$MIRROR_DIR/slots"), 0, 101, "\0" x (64 * 101)); 1 });

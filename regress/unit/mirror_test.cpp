@@ -135,7 +135,7 @@ TEST_F(MirrorTest, SlotLifeCycle) {
     ASSERT_TRUE(task.attach(mirror, &error)) << error.text;
     usleep(1000);
     EXPECT_EQ(task.slot(), slot) << "the search starts at the task's own place";
-    EXPECT_EQ(mirror.info(slot).generation, info.generation + 1);
+    EXPECT_GT(mirror.info(slot).generation, info.generation);
     task.detach();
     mirror.close();
 }

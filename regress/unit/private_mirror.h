@@ -39,6 +39,11 @@ inline std::string schedmirror_path() {
     return path + "/schedmirror";
 }
 
+inline std::string example_path(const std::string& name) {
+    std::string path = schedmirror_path();
+    return path.replace(path.rfind('/'), std::string::npos, "/examples/" + name);
+}
+
 class PrivateMirror : public ::testing::Test {
   protected:
     void SetUp() override {

@@ -55,13 +55,8 @@ TEST_F(SchedmirrorTest, OwnersAndModes) {
     const struct {
         const char* name;
         mode_t mode;
-    } files[] = {{"", 0750},
-                 {"/slots", 0660},
-                 {"/claims", 0660},
-                 {"/tasks", 0660},
-                 {"/deactivate", 0600},
-                 {"/sched_switch", 0600},
-                 {"/process_exit", 0600}};
+    } files[] = {{"", 0750},       {"/slots", 0660},      {"/claims", 0660},       {"/notes", 0660},
+                 {"/tasks", 0660}, {"/deactivate", 0600}, {"/sched_switch", 0600}, {"/process_exit", 0600}};
     for (const auto& file : files) {
         struct stat found;
         ASSERT_EQ(stat((dir + file.name).c_str(), &found), 0) << file.name;

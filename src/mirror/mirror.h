@@ -31,6 +31,7 @@
 namespace adaptive {
 
 static_assert(sizeof(sched_slot) == 64 && sizeof(sched_claim) == 64 && sizeof(sched_header) == 64);
+static_assert(sizeof(sched_notes) == 192);
 
 enum class SchedState : uint32_t {
     unknown = SCHED_UNKNOWN,
@@ -89,6 +90,8 @@ class Mirror {
 
     SlotInfo info(SlotId slot) const noexcept;  // for people: slower, consistent about who has the slot
     uint32_t capacity() const noexcept { return limit_ == 0 ? 0 : limit_ - 1; }
+    // Who has a slot, of one moment: tid and generation. bpf only; slot: 1 .. capacity().
+    sched_claim claim(SlotId slot) const noexcept;
     uint32_t used() const noexcept;               // slots taken; walks the table
     uint32_t id() const noexcept { return id_; }  // bpf: no two mirrors of this boot have the same; else 0
 
@@ -137,6 +140,10 @@ class MirrorTask {
     void reset_after_fork() noexcept { *this = MirrorTask(); }  // forget, the slot is the parent's
 
     SlotId slot() const noexcept { return slot_; }  // 0 when not attached
+    uint32_t generation() const noexcept { return generation_; }
+
+    // Whether the kernel writes this task's notes (notify/deschedule.h). Not before the next attach: off.
+    bool set_notes(bool on, Error* error) noexcept;
 
     // "I am running", said at every lock acquire. Costs two loads while nothing changed. False: the
     // mirror behind this registration has been unloaded, or the slot was taken over; drop the slot, detach,
@@ -146,6 +153,9 @@ class MirrorTask {
     // Said after every sleep. A mirror whose program was taken away without unloading it looks active for
     // ever; here it is found out. Costs a load while the own switch count moves.
     Recording note_slept() noexcept;
+
+    // Whether this registration with the bpf mirror still counts: neither unloaded nor taken over.
+    bool registered() const noexcept;
 
   private:
     bool note_switched(uint64_t switches) noexcept;
@@ -195,6 +205,14 @@ inline SchedState Mirror::look_bpf(SlotId slot) const noexcept {
     const uint64_t seen = __atomic_load_n(&claims_[slot].seen_switches, __ATOMIC_RELAXED);
     if (seen == __atomic_load_n(&s.switches, __ATOMIC_RELAXED)) return SchedState::on_cpu;
     return state <= SCHED_DEAD ? static_cast<SchedState>(state) : SchedState::unknown;
+}
+
+inline sched_claim Mirror::claim(SlotId slot) const noexcept {
+    sched_claim claim = {};
+    const uint64_t both =
+        __atomic_load_n(reinterpret_cast<const uint64_t*>(&claims_[slot]), __ATOMIC_RELAXED);
+    __builtin_memcpy(&claim, &both, sizeof(both));
+    return claim;
 }
 
 inline SchedState Mirror::look_rseq(SlotId slot) const noexcept {

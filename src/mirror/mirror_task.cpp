@@ -31,6 +31,18 @@ bool exists(uint32_t tid) noexcept {
     return pid > 0 && (kill(pid, 0) == 0 || errno != ESRCH);
 }
 
+// Gives a claim back and moves its generation on, in one store: whoever remembers this task by slot and
+// generation never meets the next one, as after a death (schedmirror.bpf.c).
+void leave(sched_claim* claim, uint32_t tid, uint32_t generation) noexcept {
+    static_assert(offsetof(sched_claim, tid) == 0 && offsetof(sched_claim, generation) == 4);
+    const uint32_t from[2] = {tid, generation}, to[2] = {0, generation + 1};
+    uint64_t expected, desired;
+    memcpy(&expected, from, sizeof(expected));
+    memcpy(&desired, to, sizeof(desired));
+    __atomic_compare_exchange_n(reinterpret_cast<uint64_t*>(claim), &expected, desired, false,
+                                __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+}
+
 // How often the kernel has switched the calling task out, by its own accounts.
 int64_t times_switched_out() noexcept {
     rusage usage = {};
@@ -120,6 +132,18 @@ bool MirrorTask::note_switched(uint64_t switches) noexcept {
     return true;
 }
 
+bool MirrorTask::registered() const noexcept {
+    return source_ == Source::bpf && __atomic_load_n(&header_->active, __ATOMIC_RELAXED) != 0 &&
+           __atomic_load_n(&claim_->generation, __ATOMIC_RELAXED) == generation_;
+}
+
+bool MirrorTask::set_notes(bool on, Error* error) noexcept {
+    if (source_ != Source::bpf) return fail(error, "this task is not registered with a bpf mirror");
+    const int problem = bpf::set_registration(tasks_fd_, {slot_ | (on ? SCHED_HAS_NOTES : 0), generation_});
+    return problem == 0 ||
+           fail(error, "the kernel does not change this task's registration: %s", strerror(problem));
+}
+
 // A sleep whose wake-up came first switches nothing, so a count that stands still proves nothing by itself.
 // The kernel's accounts do: sixteen switches there and none here. They are asked for at every sixteenth such
 // sleep only.
@@ -188,7 +212,7 @@ void MirrorTask::detach() noexcept {
         bpf::delete_registration(tasks_fd_);
         if (__atomic_load_n(&claim_->generation, __ATOMIC_RELAXED) == generation_) {
             __atomic_store_n(&claim_->seen_switches, SCHED_NEVER_SEEN, __ATOMIC_RELAXED);
-            swap(&claim_->tid, tid_, 0);
+            leave(claim_, tid_, generation_);
         }
     }
     if (source_ == Source::rseq &&

@@ -1,8 +1,9 @@
 /* The mirror's memory layout, shared by the kernel-side program (plain C) and everything in user space.
  *
- * Two arrays of one cache line per task, indexed by slot number. Number 0 is nobody ("unknown").
- *   slots:  written by the kernel, mapped read-only by its readers; element 0 is the header
- *   claims: written by the tasks that own the slots
+ * Arrays indexed by slot number. Number 0 is nobody ("unknown").
+ *   slots:  a cache line, written by the kernel, mapped read-only by its readers; element 0 is the header
+ *   claims: a cache line, written by the task that owns the slot
+ *   notes:  words of the task that owns the slot, and what the kernel writes into them when it leaves its CPU
  * All integers are in the machine's byte order; every field is read and written as one whole word.
  */
 #pragma once
@@ -47,7 +48,25 @@ struct sched_header {
     __u8 pad[48];
 };
 
+/* One of the stores that the kernel makes for a task that leaves its CPU. */
+#define SCHED_NOTES 8U       /* at most so many a task */
+#define SCHED_NOTE_BYTES 64U /* of words that they can go to */
+
+struct sched_note {
+    __u64 value;
+    __u8 offset; /* of the word, a multiple of its size */
+    __u8 size;   /* 1, 2, 4 or 8; anything else: no note */
+    __u8 pad[6];
+};
+
+struct sched_notes {
+    __u8 words[SCHED_NOTE_BYTES];
+    struct sched_note note[SCHED_NOTES];
+};
+
 /* What a task's registration (kernel task storage) says. */
+#define SCHED_HAS_NOTES 0x80000000U /* in slot, beside the number */
+
 struct sched_registration {
     __u32 slot;
     __u32 generation;

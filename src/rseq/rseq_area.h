@@ -6,6 +6,7 @@
 // Source: rseq(2), glibc manual "Restartable Sequences".
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #if __has_include(<sys/rseq.h>)
@@ -17,19 +18,38 @@ namespace adaptive {
 
 inline constexpr uint32_t kNoCpu = UINT32_MAX;
 
-// Where the kernel writes this thread's CPU number, or null: glibc has no rseq or was told not to register it
-// (tunable glibc.pthread.rseq=0), or the kernel refused it.
-inline const volatile uint32_t* rseq_cpu_word() noexcept {
+// The area's layout (struct rseq), as far as this library knows it. How much of it the running kernel keeps
+// is the feature size in the auxiliary vector (AT_RSEQ_FEATURE_SIZE); glibc's own areas may be shorter.
+struct RseqArea {
+    uint32_t cpu_id_start;
+    uint32_t cpu_id;   // negative as a signed number: not registered
+    uint64_t rseq_cs;  // the critical section that the thread is in; the kernel clears it when it interrupts
+    uint32_t flags;
+    uint32_t node_id;  // from here on since Linux 6.3
+    uint32_t mm_cid;
+    uint32_t padding1;
+    uint64_t sched_state_ptr;  // proposed, in no kernel yet
+};
+static_assert(offsetof(RseqArea, cpu_id) == 4 && offsetof(RseqArea, rseq_cs) == 8);
+static_assert(offsetof(RseqArea, mm_cid) == 24 && offsetof(RseqArea, sched_state_ptr) == 32);
+
+// Null: glibc has no rseq or was told not to register it (tunable glibc.pthread.rseq=0), the kernel refused
+// it, or somebody unregistered this thread's.
+inline volatile RseqArea* rseq_area() noexcept {
 #ifdef ADAPTIVE_HAVE_RSEQ
     if (__rseq_size == 0) return nullptr;
     auto* area =
-        reinterpret_cast<struct rseq*>(static_cast<char*>(__builtin_thread_pointer()) + __rseq_offset);
-    const volatile uint32_t* word = &area->cpu_id;
-    // Negative: this thread's registration failed or has not happened.
-    return static_cast<int32_t>(*word) < 0 ? nullptr : word;
+        reinterpret_cast<volatile RseqArea*>(static_cast<char*>(__builtin_thread_pointer()) + __rseq_offset);
+    return static_cast<int32_t>(area->cpu_id) < 0 ? nullptr : area;
 #else
     return nullptr;
 #endif
+}
+
+// Where the kernel writes this thread's CPU number, or null, as above.
+inline const volatile uint32_t* rseq_cpu_word() noexcept {
+    const volatile RseqArea* area = rseq_area();
+    return area != nullptr ? &area->cpu_id : nullptr;
 }
 
 // The CPU this thread runs on; already a past fact when it returns. kNoCpu without rseq.

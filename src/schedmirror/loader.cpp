@@ -27,7 +27,8 @@ namespace adaptive::loader {
 namespace {
 
 constexpr const char* kBpfFs = "/sys/fs/bpf";
-constexpr const char* kPins[] = {"sched_switch", "process_exit", "deactivate", "slots", "claims", "tasks"};
+constexpr const char* kPins[] = {"sched_switch", "process_exit", "deactivate", "slots",
+                                 "claims",       "notes",        "tasks"};
 
 bool verbose = false;
 
@@ -222,6 +223,7 @@ void load_and_pin(const std::string& dir, uint32_t slots, gid_t group) {
     if (bpf == nullptr) refuse_load(errno);
     bpf_map__set_max_entries(bpf->maps.slots, slots);
     bpf_map__set_max_entries(bpf->maps.claims, slots);
+    bpf_map__set_max_entries(bpf->maps.notes, slots);
     if (const int problem = schedmirror_bpf__load(bpf); problem != 0) refuse_load(-problem);
 
     never_seen(bpf_map__fd(bpf->maps.claims), slots);
@@ -237,6 +239,7 @@ void load_and_pin(const std::string& dir, uint32_t slots, gid_t group) {
 
     pin_map(bpf->maps.slots, path(dir, "slots"), group, 0660);
     pin_map(bpf->maps.claims, path(dir, "claims"), group, 0660);
+    pin_map(bpf->maps.notes, path(dir, "notes"), group, 0660);
     pin_map(bpf->maps.tasks, path(dir, "tasks"), group, 0660);
     const std::string off = path(dir, "deactivate");
     if (bpf_program__pin(bpf->progs.deactivate, off.c_str()) != 0)

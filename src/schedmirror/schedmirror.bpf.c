@@ -4,7 +4,7 @@
  * A task registers itself in its own task storage (`tasks`: slot and generation), so that the registration
  * dies with the task and a recycled task id can never be mistaken for it. Everything user space says here is
  * untrusted: a slot number is bounds-checked, slot 0 (the header) is refused, and of several tasks that name
- * one slot the newest generation wins.
+ * one slot the newest generation wins. A note can only go to the words of its own slot, whatever it says.
  */
 #include <linux/bpf.h>
 
@@ -48,6 +48,14 @@ struct {
 } claims SEC(".maps");
 
 struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(map_flags, BPF_F_MMAPABLE);
+    __uint(max_entries, 2); /* set when loaded */
+    __type(key, __u32);
+    __type(value, struct sched_notes);
+} notes SEC(".maps");
+
+struct {
     __uint(type, BPF_MAP_TYPE_TASK_STORAGE);
     __uint(map_flags, BPF_F_NO_PREALLOC);
     __type(key, int);
@@ -65,15 +73,45 @@ static __always_inline struct sched_registration* registration_of(struct task_st
     return task->bpf_storage ? bpf_task_storage_get(&tasks, task, 0, 0) : 0;
 }
 
+static __always_inline __u32 number_of(const struct sched_registration* registration) {
+    return registration->slot & ~SCHED_HAS_NOTES;
+}
+
 /* The slot that a registration still has a right to. */
 static __always_inline struct sched_slot* slot_of(const struct sched_registration* registration) {
-    __u32 number = registration->slot;
+    __u32 number = number_of(registration);
     struct sched_slot* slot = number ? bpf_map_lookup_elem(&slots, &number) : 0;
     if (!slot) return 0;
     int newer = registration->generation - slot->generation; /* wraps */
     if (newer < 0) return 0;                                 /* died, or the slot was taken over */
     if (newer > 0) slot->generation = registration->generation;
     return slot;
+}
+
+/* What the task that leaves its CPU asked to have written. The task itself sees all of it before it runs again.
+ * Masks keep each store inside the slot's words and aligned. */
+static __noinline int write_notes(__u32 number) {
+    struct sched_notes* its = bpf_map_lookup_elem(&notes, &number);
+    if (!its) return 0;
+    for (int i = 0; i < SCHED_NOTES; i++) {
+        const __u64 value = *(volatile __u64*)&its->note[i].value;
+        const __u32 offset = *(volatile __u8*)&its->note[i].offset;
+        switch (*(volatile __u8*)&its->note[i].size) {
+            case 1:
+                *(volatile __u8*)(its->words + (offset & (SCHED_NOTE_BYTES - 1))) = value;
+                break;
+            case 2:
+                *(volatile __u16*)(its->words + (offset & (SCHED_NOTE_BYTES - 2))) = value;
+                break;
+            case 4:
+                *(volatile __u32*)(its->words + (offset & (SCHED_NOTE_BYTES - 4))) = value;
+                break;
+            case 8:
+                *(volatile __u64*)(its->words + (offset & (SCHED_NOTE_BYTES - 8))) = value;
+                break;
+        }
+    }
+    return 0;
 }
 
 /* State before count: see Mirror::look_bpf. A reader may see these stores apart, and any mixture is only a
@@ -88,6 +126,7 @@ static __always_inline void record(struct task_struct* task, enum sched_state st
     slot->last_switch_ns = task->se.exec_start; /* asking for the time would cost half of this program */
     *(volatile __u32*)&slot->state = state;
     *(volatile __u64*)&slot->switches = slot->switches + 1;
+    if (state != SCHED_ON_CPU && registration->slot & SCHED_HAS_NOTES) write_notes(number_of(registration));
 }
 
 SEC("tp_btf/sched_switch")
@@ -112,10 +151,11 @@ int BPF_PROG(on_process_exit, struct task_struct* task) {
     struct sched_registration* registration = registration_of(task);
     struct sched_slot* slot = registration ? slot_of(registration) : 0;
     if (!slot || !is_active()) return 0;
-    __u32 number = registration->slot;
+    __u32 number = number_of(registration);
     struct sched_claim* claim = bpf_map_lookup_elem(&claims, &number);
     if (!claim || claim->generation != registration->generation) return 0;
 
+    if (registration->slot & SCHED_HAS_NOTES) write_notes(number);
     /* From here on the switches of the dying task are out of date, see slot_of. */
     __u32 next = registration->generation + 1;
     slot->generation = next;
@@ -136,6 +176,7 @@ static long deactivate_slot(struct bpf_map* map, __u32* number, void* element, v
         struct sched_slot* slot = element;
         *(volatile __u32*)&slot->state = SCHED_UNKNOWN;
         *(volatile __u64*)&slot->switches = slot->switches + 1;
+        write_notes(*number);
     }
     return 0;
 }

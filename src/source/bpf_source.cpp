@@ -143,6 +143,25 @@ void close_maps(const Maps& maps) noexcept {
     if (maps.tasks_fd >= 0) close(maps.tasks_fd);
 }
 
+sched_notes* open_notes(const char* dir, uint32_t slots, uint32_t id, Error* error) noexcept {
+    const int notes_fd = open_pinned(dir, "notes", error), slots_fd = open_pinned(dir, "slots", error);
+    void* notes = nullptr;
+    if (notes_fd >= 0 && slots_fd >= 0) {
+        const bpf_map_info info = describe(notes_fd);
+        if (info.max_entries == slots && describe(slots_fd).id == id)
+            notes = map_array(notes_fd, info, sizeof(sched_notes), PROT_READ | PROT_WRITE);
+        if (notes == nullptr)
+            fail(error, "%s holds no notes, or not those of the mirror that is open: open it again", dir);
+    }
+    if (notes_fd >= 0) close(notes_fd);
+    if (slots_fd >= 0) close(slots_fd);
+    return static_cast<sched_notes*>(notes);
+}
+
+void close_notes(sched_notes* notes, uint32_t slots) noexcept {
+    if (notes != nullptr) munmap(notes, slots * sizeof(sched_notes));
+}
+
 int set_registration(int tasks_fd, const sched_registration& registration) noexcept {
     const int pidfd = pidfd_of_self();
     if (pidfd < 0) return errno;

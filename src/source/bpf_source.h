@@ -23,6 +23,11 @@ struct Maps {
 bool open_maps(const char* dir, Maps* maps, Error* error) noexcept;
 void close_maps(const Maps& maps) noexcept;
 
+// The notes of the mirror with this number of slots and this id (Maps); null: there are none, or it is another
+// mirror by now.
+sched_notes* open_notes(const char* dir, uint32_t slots, uint32_t id, Error* error) noexcept;
+void close_notes(sched_notes* notes, uint32_t slots) noexcept;
+
 // The calling task's registration in the task storage. set: 0 or errno.
 int set_registration(int tasks_fd, const sched_registration& registration) noexcept;
 void delete_registration(int tasks_fd) noexcept;

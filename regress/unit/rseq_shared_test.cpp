@@ -1,0 +1,146 @@
+// An rseq area in shared memory, registered in the place of glibc's: other processes read it live, it aborts
+// critical sections like any, and glibc's can be put back.
+#include <gtest/gtest.h>
+
+#include <memory>
+#include <random>
+
+#include "private_mirror.h"
+#include "processes.h"
+#include "rseq/percpu.h"
+#include "sched_state/sched_state.h"
+
+using namespace adaptive;
+using test::Child;
+using test::eventually;
+using test::Shared;
+
+namespace {
+
+struct alignas(64) SharedArea {
+    volatile RseqArea area = {};
+    char room[448] = {};  // for whatever a later kernel keeps
+    std::atomic<int> problem{0};
+    std::atomic<uint64_t> turns{0}, aborts{0}, wrong{0};
+    uint64_t head = 0;
+
+    SharedArea() { area.cpu_id = kNoCpu; }
+};
+
+// In a child: from glibc's area to the shared one.
+bool change_over(SharedArea& shared) {
+    const RseqRegistration own = RseqRegistration::of_this_thread();
+    shared.problem = own.call(own.area, own.bytes, false);
+    if (shared.problem == 0) shared.problem = own.call(&shared.area, own.bytes, true);
+    return shared.problem == 0;
+}
+
+class RseqShared : public ::testing::Test {
+  protected:
+    void SetUp() override {
+        if (rseq_area() == nullptr) GTEST_SKIP() << "no rseq area";
+    }
+    test::RestoreAffinity restore;
+};
+
+TEST_F(RseqShared, AnotherProcessReadsTheCpuLive) {
+    const int cpus = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
+    Shared<SharedArea> shared;
+    Child child([&] {
+        test::pin_to(0);
+        if (change_over(*shared))
+            for (;;) asm volatile("");
+    });
+    ASSERT_TRUE(eventually([&] { return shared->area.cpu_id == 0 || shared->problem != 0; }));
+    ASSERT_EQ(shared->problem, 0);
+    std::mt19937 random(1);
+    for (int turn = 0; turn < 20; turn++) {
+        const auto cpu = static_cast<uint32_t>(random() % static_cast<unsigned>(cpus));
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(cpu, &set);
+        sched_setaffinity(child.pid, sizeof(set), &set);
+        EXPECT_TRUE(eventually([&] { return shared->area.cpu_id == cpu; })) << "turn " << turn;
+    }
+}
+
+TEST_F(RseqShared, CriticalSectionsAreRestartedInIt) {
+    Shared<SharedArea> shared;
+    auto* page = static_cast<PerCpuNode*>(
+        mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    static PerCpuNode* hidden;
+    hidden = page;
+    Child child([&] {
+        test::pin_to(0);
+        if (!change_over(*shared)) return;
+        struct sigaction action = {};
+        action.sa_handler = [](int) { mprotect(hidden, 4096, PROT_READ | PROT_WRITE); };
+        sigaction(SIGSEGV, &action, nullptr);
+        for (int turn = 0; turn < 100; turn++) {
+            shared->wrong += rseq_push(&shared->area, 0, &shared->head, page) != RseqEnd::done;
+            mprotect(page, 4096, PROT_NONE);
+            void* node = nullptr;
+            shared->aborts += rseq_pop(&shared->area, 0, &shared->head, &node) == RseqEnd::aborted;
+            shared->wrong +=
+                rseq_pop(&shared->area, 0, &shared->head, &node) != RseqEnd::done || node != page;
+            shared->turns++;
+        }
+    });
+    EXPECT_EQ(child.wait(), 0);
+    EXPECT_EQ(shared->problem, 0);
+    EXPECT_EQ(shared->turns, 100u);
+    // An interruption by others may come on top, and lets the second attempt fail.
+    EXPECT_GE(shared->aborts, 95u);
+    EXPECT_LE(shared->wrong, 5u);
+}
+
+// What uses glibc's area goes on without it, and with it again.
+TEST_F(RseqShared, TheOthersGoOn) {
+#ifdef __SANITIZE_THREAD__
+    GTEST_SKIP() << "under this sanitizer PerCpu does without rseq";
+#endif
+    Shared<SharedArea> shared;
+    Child child([&] {
+        test::pin_to(0);
+        const RseqRegistration own = RseqRegistration::of_this_thread();
+        alignas(64) static char memory[4096];
+        const PerCpu lanes(memory, 64, 8);
+        shared->wrong += !lanes.restartable();
+        if (!change_over(*shared)) return;
+        shared->wrong += rseq_area() != nullptr || current_cpu() != kNoCpu;
+        shared->wrong += sched_getcpu() != 0;
+        shared->wrong += lanes.restartable();
+        lanes.add(0, 1);
+        shared->wrong += own.call(&shared->area, own.bytes, false) != 0;
+        shared->wrong += shared->area.cpu_id != kNoCpu;
+        shared->wrong += own.call(own.area, own.bytes, true) != 0;
+        shared->wrong += !lanes.restartable() || current_cpu() != 0;
+        lanes.add(0, 1);
+        shared->wrong += lanes.sum(0) != 2;
+        shared->turns = 1;
+    });
+    EXPECT_EQ(child.wait(), 0);
+    EXPECT_EQ(shared->turns, 1u);
+    EXPECT_EQ(shared->wrong, 0u);
+}
+
+TEST_F(RseqShared, Example) {
+    const test::Outcome outcome = test::shell(test::example_path("rseq_shared"));
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
+    EXPECT_NE(outcome.output.find("seen after"), std::string::npos) << outcome.output;
+}
+
+// Why this alone is no mirror: the area of a process that was killed goes on telling its last CPU.
+TEST_F(RseqShared, TheDeadGoOnTelling) {
+    Shared<SharedArea> shared;
+    Child child([&] {
+        test::pin_to(0);
+        if (change_over(*shared))
+            for (;;) asm volatile("");
+    });
+    ASSERT_TRUE(eventually([&] { return shared->area.cpu_id == 0 || shared->problem != 0; }));
+    child.end(SIGKILL);
+    EXPECT_EQ(shared->area.cpu_id, 0u);
+}
+
+}  // namespace
