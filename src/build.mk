@@ -11,7 +11,7 @@ ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP
 CLANG := $(or $(CLANG),clang)
 BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
 
-LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp)
+LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp src/lock/*.cpp)
 LIB_OBJECTS := $(LIB_SOURCES:%.cpp=$(B)/%.o)
 UNIT_TESTS := $(patsubst regress/unit/%.cpp,$(B)/unit/%,$(wildcard regress/unit/*_test.cpp))
 
