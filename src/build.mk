@@ -1,5 +1,5 @@
 # The library, the schedmirror command, their unit tests and the micro-benchmark, all built into build/.
-# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|switch_cost]
+# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|examples|switch_cost]
 #
 # Needs: g++; for the kernel side clang, bpftool, libbpf-dev, libboost-program-options-dev; for the tests libgtest-dev and
 # libboost-dev.
@@ -13,14 +13,16 @@ BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
 
 LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp src/lock/*.cpp)
 LIB_OBJECTS := $(LIB_SOURCES:%.cpp=$(B)/%.o)
+EXAMPLES := $(patsubst examples/%.cpp,$(B)/examples/%,$(wildcard examples/*.cpp))
 UNIT_TESTS := $(patsubst regress/unit/%.cpp,$(B)/unit/%,$(wildcard regress/unit/*_test.cpp))
 
-.PHONY: adaptive lib schedmirror unit switch_cost
-adaptive: lib schedmirror unit switch_cost
+.PHONY: adaptive lib schedmirror unit switch_cost examples
+adaptive: lib schedmirror unit switch_cost examples
 lib: $(B)/libadaptive.a
 schedmirror: $(B)/schedmirror
 unit: $(UNIT_TESTS)
 switch_cost: $(B)/switch_cost
+examples: $(EXAMPLES)
 
 # No exception and no allocation in what runs inside other people's processes.
 $(LIB_OBJECTS): $(B)/src/%.o: src/%.cpp
@@ -47,7 +49,11 @@ $(UNIT_TESTS): $(B)/unit/%: regress/unit/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lgtest -lgtest_main -lpthread $(LDLIBS) -o $@
 
-$(B)/unit/interleavings_test: LDLIBS += -lboost_context
+$(B)/unit/interleavings_test $(B)/unit/mutex_interleavings_test: LDLIBS += -lboost_context
+
+$(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -lrt -o $@
 
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
@@ -59,4 +65,4 @@ $(B)/lock_torture: regress/torture/lock_torture.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
--include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)
+-include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)

@@ -81,8 +81,8 @@ inline FutexWait futex_wait(const void* word, uint32_t expected, Sharing sharing
                    (deadline.clock == CLOCK_REALTIME ? FUTEX_CLOCK_REALTIME : 0);
     const timespec until = {.tv_sec = deadline.ns / 1'000'000'000, .tv_nsec = deadline.ns % 1'000'000'000};
     const int errno_before = errno;
-    const long result = syscall(SYS_futex, word, op, expected,
-                                deadline.is_never() ? nullptr : &until, nullptr, FUTEX_BITSET_MATCH_ANY);
+    const long result = syscall(SYS_futex, word, op, expected, deadline.is_never() ? nullptr : &until,
+                                nullptr, FUTEX_BITSET_MATCH_ANY);
     const int problem = result == 0 ? 0 : errno;
     errno = errno_before;
     switch (problem) {

@@ -60,7 +60,7 @@
  * - sleep(Lock&, lower half, deadline): a FutexWait; interrupted is any return without a wake-up
  * - wake(Lock&, how many)
  * - passed(deadline), budget(deadline): as a SpinBudget
- * - pace(Lock&), handed_over(Lock&): what PaceLearner says, and is told
+ * - pace(Lock&), handed_over(Lock&): what PaceLearner says, and is told; quick_pace(): where it has no say
  * - sparing_since(): see I3; spare_for_ticks()
  *
  * Thread and process safety: any number of tasks. Acquire and release order as std::mutex does.
@@ -102,11 +102,19 @@ inline constexpr uint64_t kNotRecoverable = kTid;  // in place of an owner
 inline constexpr uint64_t kSpinner = 0xffffULL << 48;
 inline constexpr SlotId kUnnamed = 0xffff;  // in place of a spinner's slot: no mirror has this one
 
-inline bool is_free(uint64_t word) { return (word & kTid) == 0; }
-inline SlotId owner_slot(uint64_t word) { return static_cast<SlotId>(word >> 32); }
-inline SlotId spinner_slot(uint64_t word) { return static_cast<SlotId>(word >> 48); }
+inline bool is_free(uint64_t word) {
+    return (word & kTid) == 0;
+}
+inline SlotId owner_slot(uint64_t word) {
+    return static_cast<SlotId>(word >> 32);
+}
+inline SlotId spinner_slot(uint64_t word) {
+    return static_cast<SlotId>(word >> 48);
+}
 /// The half that futex(2) is told of.
-inline uint32_t futex_half(uint64_t word) { return static_cast<uint32_t>(word); }
+inline uint32_t futex_half(uint64_t word) {
+    return static_cast<uint32_t>(word);
+}
 static_assert(std::endian::native == std::endian::little, "the lower half is at the word's own address");
 }  // namespace mutex_word
 
@@ -130,7 +138,7 @@ class MutexProtocol {
         uint64_t seen = 0;
         if (take(lock, seen, 0, kNoOffice)) return taken(seen);
         return (seen & mutex_word::kTid) == mutex_word::kNotRecoverable ? LockResult::not_recoverable
-                                                                       : LockResult::timed_out;
+                                                                        : LockResult::timed_out;
     }
 
     /// Gives the mutex up, whoever took it.
@@ -289,6 +297,7 @@ struct FutexHost {
     static bool passed(const Deadline& deadline) { return deadline.passed(); }
     static SpinBudget budget(const Deadline& deadline) { return spin_budget(deadline); }
     static SpinPace pace(uint64_t& lock) { return this_task().pace.pace(&lock); }
+    static SpinPace quick_pace() { return SpinPace::quick(); }
     static void handed_over(uint64_t& lock) { this_task().pace.handed_over(&lock); }
     static uint64_t& sparing_since() { return this_task().sparing_since; }
     static uint64_t spare_for_ticks() { return SpinPace::from_nanoseconds(1'000'000); }

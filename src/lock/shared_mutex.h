@@ -77,8 +77,8 @@ class SharedProtocol {
             const uint64_t waiting = (seen & kReadersWaiting) >> 32;
             // From a writer that gives up, some readers may still be in.
             left = (((seen & kReadersIn) + waiting) | (seen & kPhase)) ^ (waiting != 0 ? kPhase : 0);
-        } while (!state.compare_exchange_weak(seen, left, std::memory_order_release,
-                                              std::memory_order_relaxed));
+        } while (
+            !state.compare_exchange_weak(seen, left, std::memory_order_release, std::memory_order_relaxed));
         if ((seen & kReadersWaiting) != 0) Host::wake(lock.state, INT_MAX, 1);
         Writers::release(lock.writers);
     }
@@ -116,10 +116,11 @@ class SharedProtocol {
     /// A reader goes in, unless a writer is there.
     static bool enter(Lock& lock, uint64_t& seen) {
         while ((seen & kWriter) == 0)
-            if (Host::word(lock.state).compare_exchange_weak(seen, seen + 1, std::memory_order_acquire,
-                                                             std::memory_order_relaxed)) {
-                std::atomic_ref<SlotId>(lock.reader).store(
-                    mutex_word::owner_slot(Host::identity()), std::memory_order_relaxed);
+            if (Host::word(lock.state)
+                    .compare_exchange_weak(seen, seen + 1, std::memory_order_acquire,
+                                           std::memory_order_relaxed)) {
+                std::atomic_ref<SlotId>(lock.reader)
+                    .store(mutex_word::owner_slot(Host::identity()), std::memory_order_relaxed);
                 return true;
             }
         return false;
@@ -132,10 +133,8 @@ class SharedProtocol {
                 seen = state.load(std::memory_order_relaxed);
                 return enter(lock, seen);
             },
-            [&] {
-                return mutex_word::owner_slot(Host::word(lock.writers).load(std::memory_order_relaxed));
-            },
-            [](SlotId slot) { return Host::look(slot); }, Host::budget(deadline), SpinPace::quick());
+            [&] { return mutex_word::owner_slot(Host::word(lock.writers).load(std::memory_order_relaxed)); },
+            [](SlotId slot) { return Host::look(slot); }, Host::budget(deadline), Host::quick_pace());
         if (end == SpinEnd::acquired) return true;
         if (Host::passed(deadline)) return false;
 
@@ -175,9 +174,8 @@ class SharedProtocol {
             return (seen & kReadersIn) == 0;
         };
         const SpinEnd end = spin_on_owner(
-            have_left,
-            [&] { return std::atomic_ref<SlotId>(lock.reader).load(std::memory_order_relaxed); },
-            [](SlotId slot) { return Host::look(slot); }, Host::budget(deadline), SpinPace::quick());
+            have_left, [&] { return std::atomic_ref<SlotId>(lock.reader).load(std::memory_order_relaxed); },
+            [](SlotId slot) { return Host::look(slot); }, Host::budget(deadline), Host::quick_pace());
         if (end == SpinEnd::acquired) return true;
 
         while (!have_left()) {

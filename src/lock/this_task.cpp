@@ -57,7 +57,8 @@ void register_process() noexcept {
     if (process.registered) return;
     process.registered = true;
     CycleClock::calibrate();
-    pthread_key_create(&process.key, [](void* task) { ThisTaskAccess::leave(*static_cast<ThisTask*>(task)); });
+    pthread_key_create(&process.key,
+                       [](void* task) { ThisTaskAccess::leave(*static_cast<ThisTask*>(task)); });
     pthread_atfork(lock_guard, unlock_guard, after_fork_in_child);
 }
 
@@ -68,8 +69,8 @@ size_t private_table_bytes() noexcept {
 // Opens an rseq mirror over the given table, or over one of this process's own.
 bool open_rseq(Mirror& mirror, void* table, void** private_table, Error* error) noexcept {
     if (table == nullptr) {
-        void* memory = mmap(nullptr, private_table_bytes(), PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        void* memory =
+            mmap(nullptr, private_table_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (memory == MAP_FAILED) return fail(error, "no memory for the rseq table");
         Mirror::rseq_format(memory, kPrivateSlots, cpus());
         *private_table = table = memory;

@@ -34,9 +34,9 @@ namespace adaptive {
 struct MirrorChoice {
     enum class Wanted : uint8_t { best, bpf, rseq, off };
 
-    Wanted wanted = Wanted::best;        ///< best: bpf, else rseq, else off
+    Wanted wanted = Wanted::best;  ///< best: bpf, else rseq, else off
     const char* bpf_dir = kMirrorDir;
-    void* rseq_table = nullptr;          ///< as for Mirror::open_rseq(); null: one private to this process
+    void* rseq_table = nullptr;  ///< as for Mirror::open_rseq(); null: one private to this process
 };
 
 /// Chooses this process's mirror. False, with the reason, if what was wanted cannot be had or other threads
@@ -84,6 +84,12 @@ class ThisTask {
         return mirror != nullptr ? mirror->look(slot) : SchedState::unknown;
     }
 
+    /// The slot of the task with this id, see Mirror::find().
+    SlotId find(uint32_t tid, Sharing sharing) const {
+        const Mirror* mirror = mirrors_[static_cast<int>(sharing)];
+        return mirror != nullptr ? mirror->find(tid) : 0;
+    }
+
     PaceLearner pace;
     uint64_t sparing_since = 0;          ///< 0: the last wake-up that was due was sent
     robust_list_head* robust = nullptr;  ///< see robust_mutex.h
@@ -114,14 +120,14 @@ inline ThisTask& this_task() noexcept {
 }
 
 /// How long the locks of this library spin: the watched budget is a bound against a lying mirror, the
-/// unwatched one about what a sleep and a wake-up cost.
-inline SpinBudget spin_budget(const Deadline& deadline) noexcept {
-    constexpr int64_t kWatchedNs = 200'000, kUnwatchedNs = 20'000;
+/// unwatched one is about what a sleep and a wake-up cost.
+inline SpinBudget spin_budget(const Deadline& deadline, int64_t watched_ns = 200'000) noexcept {
+    constexpr int64_t kUnwatchedNs = 20'000;
     const int64_t left = deadline.left();
     const auto ticks = [left](int64_t ns) {
         return left <= 0 ? 0 : SpinPace::from_nanoseconds(static_cast<uint64_t>(left < ns ? left : ns));
     };
-    return {.watched = ticks(kWatchedNs), .unwatched = ticks(kUnwatchedNs)};
+    return {.watched = ticks(watched_ns), .unwatched = ticks(kUnwatchedNs)};
 }
 
 }  // namespace adaptive
