@@ -15,9 +15,10 @@
 namespace adaptive::test {
 namespace {
 
-struct Sleeper {
+struct Asleep {
     int task;
     const void* address;
+    Sleeper kind;
 };
 struct Killed {};
 enum class MayBeKilled { never, without_the_lock, always };
@@ -30,7 +31,7 @@ struct Words {
 /// Everything an execution starts from.
 struct Stage {
     Words lock;
-    std::deque<Sleeper> asleep;  // the kernel's queue
+    std::deque<Asleep> asleep;  // the kernel's queue
     uint64_t sparing_since[3] = {};
     MayBeKilled may_be_killed[3] = {};
     bool backstop[3] = {};  // it ended a sleep
@@ -73,35 +74,36 @@ struct SteppedHost {
             if (held)
                 word =
                     (word & ~uint64_t{UINT32_MAX}) | (word & mutex_word::kWaiters) | mutex_word::kOwnerDied;
-            if (held ? waiters : mutex_word::is_free(word)) wake(word, 1);
+            if (held ? waiters : mutex_word::is_free(word)) wake(word, 1, Sleeper::any);
         }
         throw Killed();
     }
 
-    static FutexWait sleep(uint64_t& lock, uint32_t expected, const Deadline& deadline, int half = 0) {
+    static FutexWait sleep(uint64_t& lock, uint32_t expected, const Deadline& deadline, Sleeper kind,
+                           int half = 0) {
         const int task = explorer->current();
         const auto* address = reinterpret_cast<uint32_t*>(&lock) + half;
         explorer->step("futex_wait");
         if (*address != expected) return FutexWait::changed;
-        stage->asleep.push_back({task, address});
+        stage->asleep.push_back({task, address, kind});
         const auto is_asleep = [task] {
-            for (const Sleeper& s : stage->asleep)
+            for (const Asleep& s : stage->asleep)
                 if (s.task == task) return true;
             return false;
         };
         explorer->block_until("sleep", [&] { return deadline.timed || !is_asleep(); });
         if (!is_asleep())
             return std::exchange(stage->backstop[task], false) ? FutexWait::interrupted : FutexWait::woken;
-        std::erase_if(stage->asleep, [task](const Sleeper& s) { return s.task == task; });
+        std::erase_if(stage->asleep, [task](const Asleep& s) { return s.task == task; });
         deadline.has_passed = true;
         return FutexWait::timed_out;
     }
-    static void wake(uint64_t& lock, int count, int half = 0) {
+    static void wake(uint64_t& lock, int count, Sleeper kind, int half = 0) {
         maybe_killed();
         explorer->step("futex_wake");
         const auto* address = reinterpret_cast<uint32_t*>(&lock) + half;
         for (auto s = stage->asleep.begin(); s != stage->asleep.end() && count > 0;) {
-            if (s->address == address) {
+            if (s->address == address && (static_cast<int>(s->kind) & static_cast<int>(kind)) != 0) {
                 s = stage->asleep.erase(s);
                 count--;
             } else {
@@ -109,6 +111,7 @@ struct SteppedHost {
             }
         }
     }
+    static bool starves(uint64_t) { return explorer->choose(2) == 1; }
     static bool passed(const Deadline& deadline) {
         if (deadline.timed && !deadline.has_passed) deadline.has_passed = explorer->choose(2) == 1;
         return deadline.has_passed;
@@ -217,7 +220,7 @@ Explorer::Task backstop() {
         while (!all_ended()) {
             explorer->block_until("backstop", [&] {
                 const auto sleeps = [](int task) {
-                    for (const Sleeper& s : stage->asleep)
+                    for (const Asleep& s : stage->asleep)
                         if (s.task == task) return true;
                     return false;
                 };
@@ -225,7 +228,7 @@ Explorer::Task backstop() {
                     if (!stage->ended[task] && !sleeps(task)) return false;
                 return true;
             });
-            for (const Sleeper& s : stage->asleep) stage->backstop[s.task] = true;
+            for (const Asleep& s : stage->asleep) stage->backstop[s.task] = true;
             stage->asleep.clear();
         }
     };

@@ -75,14 +75,15 @@ enum class FutexWait : uint8_t {
     timed_out,
 };
 
-/// Sleeps until woken, if the word is as expected.
-inline FutexWait futex_wait(const void* word, uint32_t expected, Sharing sharing, const Deadline& deadline) {
+/// Sleeps until woken, if the word is as expected. `kinds`: only a wake-up of one of these (bits) is meant.
+inline FutexWait futex_wait(const void* word, uint32_t expected, Sharing sharing, const Deadline& deadline,
+                            uint32_t kinds = FUTEX_BITSET_MATCH_ANY) {
     const int op = FUTEX_WAIT_BITSET | (sharing == Sharing::process_private ? FUTEX_PRIVATE_FLAG : 0) |
                    (deadline.clock == CLOCK_REALTIME ? FUTEX_CLOCK_REALTIME : 0);
     const timespec until = {.tv_sec = deadline.ns / 1'000'000'000, .tv_nsec = deadline.ns % 1'000'000'000};
     const int errno_before = errno;
-    const long result = syscall(SYS_futex, word, op, expected, deadline.is_never() ? nullptr : &until,
-                                nullptr, FUTEX_BITSET_MATCH_ANY);
+    const long result =
+        syscall(SYS_futex, word, op, expected, deadline.is_never() ? nullptr : &until, nullptr, kinds);
     const int problem = result == 0 ? 0 : errno;
     errno = errno_before;
     switch (problem) {
@@ -98,11 +99,10 @@ inline FutexWait futex_wait(const void* word, uint32_t expected, Sharing sharing
 }
 
 /// Wakes up to `count` sleepers. The address is not read: the word may be gone already.
-inline int futex_wake(const void* word, int count, Sharing sharing) {
+inline int futex_wake(const void* word, int count, Sharing sharing, uint32_t kinds = FUTEX_BITSET_MATCH_ANY) {
+    const int op = FUTEX_WAKE_BITSET | (sharing == Sharing::process_private ? FUTEX_PRIVATE_FLAG : 0);
     const int errno_before = errno;
-    const long woken =
-        syscall(SYS_futex, word, FUTEX_WAKE | (sharing == Sharing::process_private ? FUTEX_PRIVATE_FLAG : 0),
-                count, nullptr, nullptr, 0);
+    const long woken = syscall(SYS_futex, word, op, count, nullptr, nullptr, kinds);
     errno = errno_before;
     return woken < 0 ? 0 : static_cast<int>(woken);
 }

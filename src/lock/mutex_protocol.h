@@ -6,7 +6,7 @@
  *   bit  30         the owner has died (robust mutexes; written by the kernel, FUTEX_OWNER_DIED)
  *   bit  31         somebody may be asleep (FUTEX_WAITERS)
  *   bits 32 .. 47   the owner's slot in the mirror
- *   bits 48 .. 63   the spinner's slot, kUnnamed if it has none; 0: there is no spinner
+ *   bits 48 .. 63   the spinner's slot, kUnnamed if it has none; 0: there is no spinner; kReserved: see 4.
  *
  * The lower half is laid out as the kernel wants it for robust futexes, and is what sleepers sleep on. Zero is
  * a free mutex.
@@ -24,9 +24,11 @@
  *    long as the owner is on a CPU and the budget lasts.
  * 3. settle, one step: leave the spinner's office, and take the mutex if it is free, else set `waiters`.
  * 4. sleep, if the lower half is still as it was left in 3. Whoever has slept knows no longer whether others
- *    sleep, and keeps `waiters` set from then on. Start again at 2.
+ *    sleep, and keeps `waiters` set from then on. Start again at 2. Whoever was woken and still waits after
+ *    Host::starves()'s time reserves the mutex with its next step 3: a spinner of a kind that nobody overtakes.
  *
  * Release, one step: free the mutex and
+ * - if it is reserved, leave that so and wake who reserved it;
  * - if a spinner is there, and may be counted on: leave both as they are, wake nobody (spare the wake-up);
  * - if there are waiters, clear `waiters`, depose the spinner, and then wake one;
  * - else nothing more.
@@ -40,7 +42,7 @@
  *   it finds; also when it gives up because its time has passed;
  * - else `waiters` is set, and the spinner named in the word has it, until it settles: it takes the mutex and
  *   leaves `waiters` set, or finds a holder, who will find no spinner and `waiters` set. A deposed spinner has
- *   none.
+ *   none. Likewise who has reserved it, until it takes it or gives up.
  *
  * I2 (a free mutex is not touched). What a release has to say is in the step that frees the mutex; from then on
  * its memory may be gone. The wake-up uses its address only.
@@ -48,17 +50,21 @@
  * I3 (bounds). A spin ends with its budget. A task that releases again and again spares for at most
  * Host::spare_for_ticks() in a row, and never for a spinner that the mirror shows off its CPU; a deposed
  * spinner can be replaced. In Sharing::process_shared a task can be killed with the duty of I1: there no
- * sleep lasts longer than kBackstop before another look, so that this costs the others no more than that.
+ * sleep lasts longer than kBackstopNs before another look, and who finds the mutex free then takes it from
+ * whom it was left to, so that a death costs the others no more than that.
  *
- * What is not promised: order among waiters. Who is awake overtakes who sleeps.
+ * I4 (no starvation). Who is awake overtakes who sleeps, but for kStarvingNs only: then the mutex is reserved
+ * for one of those who have waited so long, and the present holder is the last to overtake. Several of them
+ * come one after the other; every release between wakes the one asleep for longest.
  *
  * Host says what the word, sleeping and the mirror are, so that tests can run this code in every interleaving.
  * All of it is static:
  * - Lock; word(Lock&): a handle with load, compare_exchange_weak and _strong of std::atomic<uint64_t>
  * - identity(): this task as an owner: bits 0 .. 47 of the word
  * - look(slot): the mirror's word on another task
- * - sleep(Lock&, lower half, deadline): a FutexWait; interrupted is any return without a wake-up
- * - wake(Lock&, how many)
+ * - sleep(Lock&, lower half, deadline, Sleeper): a FutexWait; interrupted is any return without a wake-up
+ * - wake(Lock&, how many, Sleeper): of that kind only
+ * - starves(since): whether a wait that began then (CycleClock) has been long enough
  * - passed(deadline), budget(deadline): as a SpinBudget
  * - pace(Lock&), handed_over(Lock&): what PaceLearner says, and is told; quick_pace(): where it has no say
  * - sparing_since(): see I3; spare_for_ticks()
@@ -93,6 +99,12 @@ inline constexpr bool is_acquired(LockResult result) {
 /// No sleeper of a process-shared lock sleeps longer than this before it looks whether its wake-up is lost.
 inline constexpr int64_t kBackstopNs = 50'000'000;
 
+/// And no waiter of any lock is overtaken for longer.
+inline constexpr int64_t kStarvingNs = 50'000'000;
+
+/// The kinds of sleepers, as bits for FUTEX_WAIT_BITSET.
+enum class Sleeper : uint32_t { usual = 1, reserving = 2, any = 3 };
+
 /// The word, see the file's head.
 namespace mutex_word {
 inline constexpr uint64_t kTid = FUTEX_TID_MASK;
@@ -100,7 +112,8 @@ inline constexpr uint64_t kOwnerDied = FUTEX_OWNER_DIED;
 inline constexpr uint64_t kWaiters = FUTEX_WAITERS;
 inline constexpr uint64_t kNotRecoverable = kTid;  // in place of an owner
 inline constexpr uint64_t kSpinner = 0xffffULL << 48;
-inline constexpr SlotId kUnnamed = 0xffff;  // in place of a spinner's slot: no mirror has this one
+inline constexpr SlotId kUnnamed = 0xffff;  // in place of a spinner's slot
+inline constexpr uint64_t kReserved = 0xfffeULL << 48;
 
 inline bool is_free(uint64_t word) {
     return (word & kTid) == 0;
@@ -158,11 +171,12 @@ class MutexProtocol {
         while (!word.compare_exchange_weak(seen, mutex_word::kNotRecoverable, std::memory_order_release,
                                            std::memory_order_relaxed)) {
         }
-        Host::wake(lock, INT_MAX);
+        Host::wake(lock, INT_MAX, Sleeper::any);
     }
 
   private:
     static constexpr uint64_t kNoOffice = 0;
+    static constexpr uint64_t kTaken = 0;
 
     /// `office`: the spinner bits this task has put into the word, which it takes out with its next step. If
     /// it was deposed they are another's, or none.
@@ -170,10 +184,10 @@ class MutexProtocol {
         return (word & mutex_word::kSpinner) == office ? word & ~mutex_word::kSpinner : word;
     }
 
-    /// Takes the mutex if `seen`, or what it has become since, shows it free.
+    /// Takes the mutex if `seen`, or what it has become since, shows it free and not left to another.
     static bool take(Lock& lock, uint64_t& seen, uint64_t waiters, uint64_t office) {
         using namespace mutex_word;
-        while (is_free(seen)) {
+        while (is_free(seen) && ((seen & kSpinner) != kReserved || office == kReserved)) {
             const uint64_t kept = without(seen, office) & (kWaiters | kOwnerDied | kSpinner);
             if (Host::word(lock).compare_exchange_weak(seen, kept | waiters | Host::identity(),
                                                        std::memory_order_acquire, std::memory_order_relaxed))
@@ -188,32 +202,51 @@ class MutexProtocol {
 
     [[gnu::noinline]] static LockResult acquire_contended(Lock& lock, const Deadline& deadline) {
         using namespace mutex_word;
-        auto&& word = Host::word(lock);
+        const uint64_t since = CycleClock::now();
         uint64_t waiters = 0;  // kWaiters: this task may have been woken, and others still sleep
+        uint64_t office = kNoOffice, seen;
+        bool distrusts = false;  // has slept for as long as a sleep may last
         for (;;) {
-            uint64_t seen = word.load(std::memory_order_relaxed);
-            const uint64_t office = become_spinner(lock, seen);
-            if (office != kNoOffice && spin(lock, seen, waiters, office, deadline)) {
-                Host::handed_over(lock);
-                return taken(seen);
-            }
+            seen = Host::word(lock).load(std::memory_order_relaxed);
+            if (office == kNoOffice) office = become_spinner(lock, seen);
+            if (office != kNoOffice && spin(lock, seen, waiters, office, deadline)) break;
 
-            // Settle: I1 rests on it.
             const bool gives_up = Host::passed(deadline);
-            uint64_t left;
-            seen = word.load(std::memory_order_relaxed);
-            do {
-                if (take(lock, seen, waiters, office)) {
-                    Host::handed_over(lock);
-                    return taken(seen);
-                }
-                left = without(seen, office) | (gives_up ? waiters : kWaiters);
-                if ((seen & kTid) == kNotRecoverable) return LockResult::not_recoverable;
-            } while (left != seen && !word.compare_exchange_weak(seen, left, std::memory_order_relaxed,
-                                                                 std::memory_order_relaxed));
+            const bool reserves =
+                !gives_up && (office == kReserved || (waiters != 0 && Host::starves(since)));
+            const uint64_t left = settle(lock, seen, waiters, office, distrusts,
+                                         (gives_up ? waiters : kWaiters) | (reserves ? kReserved : 0));
+            if (left == kTaken) break;
+            if ((left & kTid) == kNotRecoverable) return LockResult::not_recoverable;
             if (gives_up) return LockResult::timed_out;
+            office = reserves ? kReserved : kNoOffice;
 
-            if (Host::sleep(lock, futex_half(left), deadline) != FutexWait::changed) waiters = kWaiters;
+            // A wake-up that was meant for whoever reserved it may have come to us: the kernel, ending a
+            // holder, does not choose.
+            if (is_free(left) && !reserves) Host::wake(lock, 1, Sleeper::reserving);
+            const FutexWait end =
+                Host::sleep(lock, futex_half(left), deadline, reserves ? Sleeper::reserving : Sleeper::usual);
+            if (end != FutexWait::changed) waiters = kWaiters;
+            distrusts = end == FutexWait::interrupted;
+        }
+        Host::handed_over(lock);
+        return taken(seen);
+    }
+
+    /// Phase 3, on which I1 rests: out of office, and takes the mutex (kTaken, out of the state `seen`), or
+    /// adds `bits` and returns what the word is now.
+    static uint64_t settle(Lock& lock, uint64_t& seen, uint64_t waiters, uint64_t office, bool distrusts,
+                           uint64_t bits) {
+        using namespace mutex_word;
+        seen = Host::word(lock).load(std::memory_order_relaxed);
+        for (;;) {
+            if (take(lock, seen, waiters, distrusts ? seen & kSpinner : office)) return kTaken;
+            uint64_t left = without(seen, office);
+            if ((bits & kReserved) != 0) left &= ~kSpinner;  // whoever spins: deposed
+            left |= bits;
+            if (left == seen || Host::word(lock).compare_exchange_weak(seen, left, std::memory_order_relaxed,
+                                                                       std::memory_order_relaxed))
+                return left;
         }
     }
 
@@ -221,12 +254,13 @@ class MutexProtocol {
     static uint64_t become_spinner(Lock& lock, uint64_t& seen) {
         using namespace mutex_word;
         const SlotId slot = owner_slot(Host::identity());
-        const uint64_t office = static_cast<uint64_t>(slot != 0 ? slot : kUnnamed) << 48;
-        auto&& word = Host::word(lock);
+        const bool has_name = slot != 0 && static_cast<uint64_t>(slot) << 48 < kReserved;
+        const uint64_t office = static_cast<uint64_t>(has_name ? slot : kUnnamed) << 48;
         do {
+            if ((seen & kSpinner) == kReserved) return kNoOffice;
             if ((seen & kSpinner) != 0 && !is_off_cpu(Host::look(spinner_slot(seen)))) return kNoOffice;
-        } while (!word.compare_exchange_weak(seen, (seen & ~kSpinner) | office, std::memory_order_relaxed,
-                                             std::memory_order_relaxed));
+        } while (!Host::word(lock).compare_exchange_weak(
+            seen, (seen & ~kSpinner) | office, std::memory_order_relaxed, std::memory_order_relaxed));
         return office;
     }
 
@@ -246,11 +280,13 @@ class MutexProtocol {
     [[gnu::noinline]] static void release_contended(Lock& lock, uint64_t seen) {
         using namespace mutex_word;
         for (;;) {
-            const bool wakes = (seen & kWaiters) != 0 && !may_spare_wakeup(seen);
+            const bool reserved = (seen & kSpinner) == kReserved;
+            const bool wakes = !reserved && (seen & kWaiters) != 0 && !may_spare_wakeup(seen);
             const uint64_t left = wakes ? 0 : seen & (kWaiters | kSpinner);
             if (Host::word(lock).compare_exchange_weak(seen, left, std::memory_order_release,
                                                        std::memory_order_relaxed)) {
-                if (wakes) Host::wake(lock, 1);
+                if (reserved) Host::wake(lock, 1, Sleeper::reserving);
+                if (wakes) Host::wake(lock, 1, Sleeper::any);
                 return;
             }
         }
@@ -282,16 +318,21 @@ struct FutexHost {
     static SchedState look(SlotId slot) { return this_task().look(slot, sharing); }
 
     /// `half`: which 32 bits of the word.
-    static FutexWait sleep(uint64_t& lock, uint32_t expected, const Deadline& deadline, int half = 0) {
+    static FutexWait sleep(uint64_t& lock, uint32_t expected, const Deadline& deadline, Sleeper kind,
+                           int half = 0) {
         const auto* address = reinterpret_cast<const uint32_t*>(&lock) + half;
         const bool in_slices = sharing == Sharing::process_shared && deadline.left() > kBackstopNs;
         const Deadline until = in_slices ? Deadline::in(std::chrono::nanoseconds(kBackstopNs)) : deadline;
-        const FutexWait end = futex_wait(address, expected, sharing, until);
+        const FutexWait end = futex_wait(address, expected, sharing, until, static_cast<uint32_t>(kind));
         this_task().note_slept();
         return in_slices && end == FutexWait::timed_out ? FutexWait::interrupted : end;
     }
-    static void wake(uint64_t& lock, int count, int half = 0) {
-        futex_wake(reinterpret_cast<const uint32_t*>(&lock) + half, count, sharing);
+    static void wake(uint64_t& lock, int count, Sleeper kind, int half = 0) {
+        futex_wake(reinterpret_cast<const uint32_t*>(&lock) + half, count, sharing,
+                   static_cast<uint32_t>(kind));
+    }
+    static bool starves(uint64_t since) {
+        return CycleClock::now() - since > SpinPace::from_nanoseconds(kStarvingNs);
     }
 
     static bool passed(const Deadline& deadline) { return deadline.passed(); }

@@ -11,7 +11,7 @@
  * Bounds. Readers and writers take turns (phases): a reader waits for one writer at most, the one that was
  * there when it came (its wait for earlier readers included); a writer waits for the readers that were in when
  * its turn began, and for none that come later. Among writers the rules are those of Mutex: who is awake
- * overtakes who sleeps.
+ * overtakes who sleeps, for 50 ms.
  *
  * Algorithm
  * ---------
@@ -79,7 +79,7 @@ class SharedProtocol {
             left = (((seen & kReadersIn) + waiting) | (seen & kPhase)) ^ (waiting != 0 ? kPhase : 0);
         } while (
             !state.compare_exchange_weak(seen, left, std::memory_order_release, std::memory_order_relaxed));
-        if ((seen & kReadersWaiting) != 0) Host::wake(lock.state, INT_MAX, 1);
+        if ((seen & kReadersWaiting) != 0) Host::wake(lock.state, INT_MAX, Sleeper::any, 1);
         Writers::release(lock.writers);
     }
 
@@ -99,7 +99,8 @@ class SharedProtocol {
         while (!state.compare_exchange_weak(seen, seen - 1, std::memory_order_release,
                                             std::memory_order_relaxed)) {
         }
-        if ((seen & (kReadersIn | kWriterSleeps)) == (1 | kWriterSleeps)) Host::wake(lock.state, 1, 0);
+        if ((seen & (kReadersIn | kWriterSleeps)) == (1 | kWriterSleeps))
+            Host::wake(lock.state, 1, Sleeper::any, 0);
     }
 
   private:
@@ -147,7 +148,7 @@ class SharedProtocol {
             // Pairs with the release of the writer that let us in.
             seen = state.load(std::memory_order_acquire);
             if ((seen & kPhase) != phase) return true;
-            if (Host::sleep(lock.state, upper(seen), deadline, 1) == FutexWait::timed_out &&
+            if (Host::sleep(lock.state, upper(seen), deadline, Sleeper::usual, 1) == FutexWait::timed_out &&
                 stop_waiting(lock, phase))
                 return false;
         }
@@ -183,7 +184,8 @@ class SharedProtocol {
             if (asleep != seen && !state.compare_exchange_weak(seen, asleep, std::memory_order_relaxed,
                                                                std::memory_order_relaxed))
                 continue;
-            if (Host::sleep(lock.state, lower(asleep), deadline, 0) == FutexWait::timed_out && !have_left()) {
+            if (Host::sleep(lock.state, lower(asleep), deadline, Sleeper::usual, 0) == FutexWait::timed_out &&
+                !have_left()) {
                 release(lock);
                 return false;
             }
