@@ -45,7 +45,8 @@ void wait_for_owner(const char* what_it_does, Work work) {
     FutexSpinWord futex;
     std::atomic_ref<uint32_t> owner(futex.owner);
     std::thread owning([&] {
-        owner = this_task().tid();  // from here on the mirror knows this thread
+        this_task().note_running();  // from here on the mirror knows this thread
+        owner = this_task().tid();
         work();
         owner = 0;
         futex_spin_wake(futex, 1, Sharing::process_private);

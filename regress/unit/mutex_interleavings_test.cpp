@@ -25,6 +25,7 @@ enum class MayBeKilled { never, without_the_lock, always };
 
 struct Words {
     uint64_t writers = 0, state = 0;
+    uint32_t wakeups = 0;
     SlotId reader = 0;
 };
 
@@ -32,10 +33,10 @@ struct Words {
 struct Stage {
     Words lock;
     std::deque<Asleep> asleep;  // the kernel's queue
-    uint64_t sparing_since[3] = {};
-    MayBeKilled may_be_killed[3] = {};
-    bool backstop[3] = {};  // it ended a sleep
-    bool ended[3] = {}, was_killed = false;
+    uint64_t sparing_since[4] = {};
+    MayBeKilled may_be_killed[4] = {};
+    bool backstop[4] = {};  // it ended a sleep
+    bool ended[4] = {}, was_killed = false;
     int writers = 0, readers = 0, turns = 0;
 };
 Stage* stage;
@@ -50,9 +51,10 @@ struct SteppedHost {
     using Lock = uint64_t;
     using Deadline = SteppedDeadline;
 
-    static Stepped<uint64_t> word(uint64_t& lock) {
+    template <class Word>
+    static Stepped<Word> word(Word& word) {
         maybe_killed();
-        return Stepped<uint64_t>(lock);
+        return Stepped<Word>(word);
     }
     static uint64_t identity() {
         const uint64_t n = static_cast<uint64_t>(explorer->current());
@@ -79,12 +81,12 @@ struct SteppedHost {
         throw Killed();
     }
 
-    static FutexWait sleep(uint64_t& lock, uint32_t expected, const Deadline& deadline, Sleeper kind,
-                           int half = 0) {
+    template <class Word>
+    static FutexWait sleep(Word& word, uint32_t expected, const Deadline& deadline, Sleeper kind) {
         const int task = explorer->current();
-        const auto* address = reinterpret_cast<uint32_t*>(&lock) + half;
+        const void* address = &word;
         explorer->step("futex_wait");
-        if (*address != expected) return FutexWait::changed;
+        if (static_cast<uint32_t>(word) != expected) return FutexWait::changed;
         stage->asleep.push_back({task, address, kind});
         const auto is_asleep = [task] {
             for (const Asleep& s : stage->asleep)
@@ -98,10 +100,11 @@ struct SteppedHost {
         deadline.has_passed = true;
         return FutexWait::timed_out;
     }
-    static void wake(uint64_t& lock, int count, Sleeper kind, int half = 0) {
+    template <class Word>
+    static void wake(Word& word, int count, Sleeper kind) {
         maybe_killed();
         explorer->step("futex_wake");
-        const auto* address = reinterpret_cast<uint32_t*>(&lock) + half;
+        const void* address = &word;
         for (auto s = stage->asleep.begin(); s != stage->asleep.end() && count > 0;) {
             if (s->address == address && (static_cast<int>(s->kind) & static_cast<int>(kind)) != 0) {
                 s = stage->asleep.erase(s);
@@ -284,13 +287,14 @@ const Scenario kScenarios[] = {
      2},
     {"OneIsKilled", {survives(), survives(), dies(MayBeKilled::always), backstop()}, 2},
     {"OneWithASlotIsKilled", {dies(MayBeKilled::always), survives(), survives(), backstop()}, 2},
-    {"WriterAndReaders", {writes(), reads(), reads()}, 2},
-    {"WritersAndReader", {writes(), writes(), reads()}, 2},
+    {"WriterAndReaders", {writes(), reads(), reads()}, 3},
+    {"WritersAndReader", {writes(), writes(), reads()}, 3},
     {"WriterAndReaderTurns", {writes(2), reads(2)}, 3},
-    {"ReaderThatGivesUp", {writes(2), reads(1, true), reads()}, 2},
-    {"WriterThatGivesUp", {writes(1, true), reads(2), reads()}, 2},
-    {"WriterThatGivesUpAndWriter", {writes(1, true), writes(), reads()}, 2},
-    {"WriterThatTries", {writes(), reads(), tries_to_write()}, 2},
+    {"ReaderThatGivesUp", {writes(2), reads(1, true), reads()}, 3},
+    {"WriterThatGivesUp", {writes(1, true), reads(2), reads()}, 3},
+    {"WriterThatGivesUpAndWriter", {writes(1, true), writes(), reads()}, 3},
+    {"ReadersLetInAndAWriterThatGivesUp", {writes(), reads(), writes(1, true), reads()}, 2},
+    {"WriterThatTries", {writes(), reads(), tries_to_write()}, 3},
 };
 INSTANTIATE_TEST_SUITE_P(All, MutexInterleavings, ::testing::ValuesIn(kScenarios),
                          [](const auto& scenario) { return scenario.param.name; });

@@ -33,6 +33,10 @@ class Stepped {
         explorer->step("fetch_and");
         return std::exchange(word_, word_ & bits);
     }
+    T fetch_add(T n, std::memory_order = {}) {
+        explorer->step("fetch_add");
+        return std::exchange(word_, word_ + n);
+    }
     T fetch_sub(T n) {
         explorer->step("fetch_sub");
         return std::exchange(word_, word_ - n);

@@ -13,7 +13,8 @@
  * of it, both ignored here, and a wait may end although another waiter was meant: wake-ups are for all who spin
  * and `count` of those who sleep.
  *
- * Which task the owner is. Its id is looked up once, at the beginning. A task that has died and another one
+ * Which task the owner is. It has to be in the mirror: whoever makes itself the owner says
+ * this_task().note_running(). Its id is looked up once, at the beginning. A task that has died and another one
  * with its id are told apart by the mirror, whose registrations die with the task; before it sleeps, the waiter
  * asks the kernel whether there is such a task.
  *

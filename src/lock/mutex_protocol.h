@@ -313,23 +313,24 @@ struct FutexHost {
     using Lock = uint64_t;
     using Deadline = adaptive::Deadline;
 
-    static std::atomic_ref<uint64_t> word(uint64_t& lock) { return std::atomic_ref<uint64_t>(lock); }
+    template <class Word>
+    static std::atomic_ref<Word> word(Word& word) {
+        return std::atomic_ref<Word>(word);
+    }
     static uint64_t identity() { return this_task().identity(sharing); }
     static SchedState look(SlotId slot) { return this_task().look(slot, sharing); }
 
-    /// `half`: which 32 bits of the word.
-    static FutexWait sleep(uint64_t& lock, uint32_t expected, const Deadline& deadline, Sleeper kind,
-                           int half = 0) {
-        const auto* address = reinterpret_cast<const uint32_t*>(&lock) + half;
+    template <class Word>
+    static FutexWait sleep(Word& word, uint32_t expected, const Deadline& deadline, Sleeper kind) {
         const bool in_slices = sharing == Sharing::process_shared && deadline.left() > kBackstopNs;
         const Deadline until = in_slices ? Deadline::in(std::chrono::nanoseconds(kBackstopNs)) : deadline;
-        const FutexWait end = futex_wait(address, expected, sharing, until, static_cast<uint32_t>(kind));
+        const FutexWait end = futex_wait(&word, expected, sharing, until, static_cast<uint32_t>(kind));
         this_task().note_slept();
         return in_slices && end == FutexWait::timed_out ? FutexWait::interrupted : end;
     }
-    static void wake(uint64_t& lock, int count, Sleeper kind, int half = 0) {
-        futex_wake(reinterpret_cast<const uint32_t*>(&lock) + half, count, sharing,
-                   static_cast<uint32_t>(kind));
+    template <class Word>
+    static void wake(Word& word, int count, Sleeper kind) {
+        futex_wake(&word, count, sharing, static_cast<uint32_t>(kind));
     }
     static bool starves(uint64_t since) {
         return CycleClock::now() - since > SpinPace::from_nanoseconds(kStarvingNs);

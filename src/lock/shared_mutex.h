@@ -23,10 +23,15 @@
  *
  * A writer takes `writers`, announces itself (bit 30) and waits until the readers in have left: spinning while
  * the last one that came runs, then asleep on the lower half. A reader that finds bit 30 spins on the writer;
- * then it counts itself as waiting and sleeps on the upper half until the phase changes. When a writer leaves
- * it turns all that wait into readers in, in the same step, and changes the phase if there are any: they hold
- * the lock before they run, and before the next writer can announce itself. The phase cannot change again
- * before they have left, so that one bit tells them apart.
+ * then it counts itself as waiting and sleeps until the phase changes. When a writer leaves it turns all that
+ * wait into readers in, in the same step, and changes the phase if there are any: they hold the lock before
+ * they run, and before the next writer can announce itself. The phase cannot change again before they have
+ * left, as another writer has to be in for that: one bit tells them apart.
+ *
+ * A writer that gives up waiting takes bit 30 back and leaves the phase alone, as readers let in by the last one
+ * may not have noticed yet. It wakes those who wait, and they let themselves in.
+ *
+ * Readers sleep on `wakeups`, which changes after every change of `state` that they are woken for.
  *
  * Thread and process safety: yes. A process that dies holding or waiting for an InterprocessSharedMutex
  * leaves it locked. Destroy one when every unlock() has returned. Errors: none. Nothing throws or allocates.
@@ -38,9 +43,8 @@
 
 namespace adaptive {
 
-/// The protocol over a Host as in mutex_protocol.h, whose sleep() and wake() take the half of the word that is
-/// slept on as well. Lock has `writers`, a Host::Lock, `state`, likewise, and `reader`, the slot of the last
-/// reader that came.
+/// The protocol over a Host as in mutex_protocol.h. Lock has `writers`, a Host::Lock, `state` and `wakeups` as
+/// above, and `reader`, the slot of the last reader that came.
 template <class Host, class Lock>
 class SharedProtocol {
     using Writers = MutexProtocol<Host>;
@@ -75,22 +79,26 @@ class SharedProtocol {
         uint64_t seen = state.load(std::memory_order_relaxed), left;
         do {
             const uint64_t waiting = (seen & kReadersWaiting) >> 32;
-            // From a writer that gives up, some readers may still be in.
-            left = (((seen & kReadersIn) + waiting) | (seen & kPhase)) ^ (waiting != 0 ? kPhase : 0);
+            left = ((seen & kPhase) ^ (waiting != 0 ? kPhase : 0)) | waiting;
+            // Pairs with the acquire of all who come next.
         } while (
             !state.compare_exchange_weak(seen, left, std::memory_order_release, std::memory_order_relaxed));
-        if ((seen & kReadersWaiting) != 0) Host::wake(lock.state, INT_MAX, Sleeper::any, 1);
+        if ((seen & kReadersWaiting) != 0) wake_readers(lock);
         Writers::release(lock.writers);
     }
 
     static bool acquire_shared(Lock& lock, const Deadline& deadline) {
         uint64_t seen = Host::word(lock.state).load(std::memory_order_relaxed);
-        return enter(lock, seen) || wait_for_writer(lock, seen, deadline);
+        if (!enter(lock, seen, 0) && !wait_for_writer(lock, seen, deadline)) return false;
+        note_reader(lock);
+        return true;
     }
 
     static bool try_acquire_shared(Lock& lock) {
         uint64_t seen = Host::word(lock.state).load(std::memory_order_relaxed);
-        return enter(lock, seen);
+        if (!enter(lock, seen, 0)) return false;
+        note_reader(lock);
+        return true;
     }
 
     static void release_shared(Lock& lock) {
@@ -100,7 +108,7 @@ class SharedProtocol {
                                             std::memory_order_relaxed)) {
         }
         if ((seen & (kReadersIn | kWriterSleeps)) == (1 | kWriterSleeps))
-            Host::wake(lock.state, 1, Sleeper::any, 0);
+            Host::wake(lock.state, 1, Sleeper::any);
     }
 
   private:
@@ -112,18 +120,25 @@ class SharedProtocol {
     static constexpr uint64_t kPhase = 1ULL << 63;
 
     static uint32_t lower(uint64_t word) { return static_cast<uint32_t>(word); }
-    static uint32_t upper(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
 
-    /// A reader goes in, unless a writer is there.
-    static bool enter(Lock& lock, uint64_t& seen) {
+    static void note_reader(Lock& lock) {
+        std::atomic_ref<SlotId>(lock.reader)
+            .store(mutex_word::owner_slot(Host::identity()), std::memory_order_relaxed);
+    }
+
+    static void wake_readers(Lock& lock) {
+        // Pairs with the acquire in wait_for_writer(): whoever sees the new count sees the new state.
+        Host::word(lock.wakeups).fetch_add(1, std::memory_order_release);
+        Host::wake(lock.wakeups, INT_MAX, Sleeper::any);
+    }
+
+    /// A reader goes in, unless a writer is there; `counted`: kReaderWaiting if it is one that waits.
+    static bool enter(Lock& lock, uint64_t& seen, uint64_t counted) {
         while ((seen & kWriter) == 0)
             if (Host::word(lock.state)
-                    .compare_exchange_weak(seen, seen + 1, std::memory_order_acquire,
-                                           std::memory_order_relaxed)) {
-                std::atomic_ref<SlotId>(lock.reader)
-                    .store(mutex_word::owner_slot(Host::identity()), std::memory_order_relaxed);
+                    .compare_exchange_weak(seen, seen + 1 - counted, std::memory_order_acquire,
+                                           std::memory_order_relaxed))
                 return true;
-            }
         return false;
     }
 
@@ -132,7 +147,7 @@ class SharedProtocol {
         const SpinEnd end = spin_on_owner(
             [&] {
                 seen = state.load(std::memory_order_relaxed);
-                return enter(lock, seen);
+                return enter(lock, seen, 0);
             },
             [&] { return mutex_word::owner_slot(Host::word(lock.writers).load(std::memory_order_relaxed)); },
             [](SlotId slot) { return Host::look(slot); }, Host::budget(deadline), Host::quick_pace());
@@ -140,15 +155,20 @@ class SharedProtocol {
         if (Host::passed(deadline)) return false;
 
         do {
-            if (enter(lock, seen)) return true;
+            if (enter(lock, seen, 0)) return true;
         } while (!state.compare_exchange_weak(seen, seen + kReaderWaiting, std::memory_order_relaxed,
                                               std::memory_order_relaxed));
         const uint64_t phase = seen & kPhase;
         for (;;) {
-            // Pairs with the release of the writer that let us in.
+            const uint32_t wakeups = Host::word(lock.wakeups).load(std::memory_order_acquire);
             seen = state.load(std::memory_order_acquire);
-            if ((seen & kPhase) != phase) return true;
-            if (Host::sleep(lock.state, upper(seen), deadline, Sleeper::usual, 1) == FutexWait::timed_out &&
+            do {
+                if ((seen & kPhase) != phase) return true;
+            } while ((seen & kWriter) == 0 &&
+                     !state.compare_exchange_weak(seen, seen + 1 - kReaderWaiting, std::memory_order_acquire,
+                                                  std::memory_order_acquire));
+            if ((seen & kWriter) == 0) return true;
+            if (Host::sleep(lock.wakeups, wakeups, deadline, Sleeper::usual) == FutexWait::timed_out &&
                 stop_waiting(lock, phase))
                 return false;
         }
@@ -184,13 +204,23 @@ class SharedProtocol {
             if (asleep != seen && !state.compare_exchange_weak(seen, asleep, std::memory_order_relaxed,
                                                                std::memory_order_relaxed))
                 continue;
-            if (Host::sleep(lock.state, lower(asleep), deadline, Sleeper::usual, 0) == FutexWait::timed_out &&
+            if (Host::sleep(lock.state, lower(asleep), deadline, Sleeper::usual) == FutexWait::timed_out &&
                 !have_left()) {
-                release(lock);
+                give_up(lock);
                 return false;
             }
         }
         return true;
+    }
+
+    static void give_up(Lock& lock) {
+        auto&& state = Host::word(lock.state);
+        uint64_t seen = state.load(std::memory_order_relaxed);
+        while (!state.compare_exchange_weak(seen, seen & ~(kWriter | kWriterSleeps),
+                                            std::memory_order_relaxed, std::memory_order_relaxed)) {
+        }
+        if ((seen & kReadersWaiting) != 0) wake_readers(lock);
+        Writers::release(lock.writers);
     }
 };
 
@@ -198,6 +228,7 @@ template <Sharing sharing>
 class BasicSharedMutex {
     struct Words {
         uint64_t writers = 0, state = 0;
+        uint32_t wakeups = 0;
         SlotId reader = 0;
     };
     using Protocol = SharedProtocol<FutexHost<sharing>, Words>;
@@ -253,6 +284,8 @@ class BasicSharedMutex {
   private:
     Words words_;
 };
+
+static_assert(sizeof(BasicSharedMutex<Sharing::process_private>) == 24);
 
 using SharedMutex = BasicSharedMutex<Sharing::process_private>;
 using InterprocessSharedMutex = BasicSharedMutex<Sharing::process_shared>;

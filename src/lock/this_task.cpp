@@ -183,8 +183,8 @@ bool use_mirror(const MirrorChoice& choice, Error* error) noexcept {
     } else {
         ThisTaskAccess::drop_slot(task);  // of the mirror that may be closed
         done = choose(choice, error);
+        task.identities_[0] = task.identities_[1] = 0;  // enters anew
     }
-    task.identities_[0] = task.identities_[1] = 0;  // enters anew
     unlock_guard();
     return done;
 }
