@@ -27,6 +27,7 @@ struct Owner {
     template <class Body>
     explicit Owner(Body body) {
         thread = std::thread([this, body] {
+            ::test::pin_to(0);
             std::atomic_ref<uint32_t>(futex.owner) = own_tid();
             while (!begin) CycleClock::pause();
             this_task().note_running();  // as whoever takes a lock
@@ -76,6 +77,10 @@ TEST_P(FutexSpinWaitTest, WokenAsleepByAnOwnerThatSlept) {
 // The owner is found by its id, and spun for as long as it runs.
 TEST_P(FutexSpinWaitTest, WokenSpinningByAnOwnerThatComputes) {
     if (GetParam() == Source::off) GTEST_SKIP() << "nothing is known of owners";
+    const int cpus = static_cast<int>(std::thread::hardware_concurrency());
+    if (cpus < 2) GTEST_SKIP() << "one CPU: the owner does not run while we look";
+    const ::test::RestoreAffinity restore;
+    ::test::pin_to(cpus - 1);
     int spinning = 0;
     for (int i = 0; i < 20; i++) {
         Owner owner([](FutexSpinWord& futex) {

@@ -145,8 +145,12 @@ TEST_P(SharedMutexTest, WritersDoNotStarveAReader) {
 TEST_P(SharedMutexTest, WhoGivesUpLeavesTheOthersTheirTurn) {
     SharedMutex mutex;
     mutex.lock_shared();
-    std::thread writer([&] { EXPECT_FALSE(mutex.try_lock_for(100ms)); });
-    usleep(20'000);
+    std::thread writer([&] { EXPECT_FALSE(mutex.try_lock_for(300ms)); });
+    ASSERT_TRUE(eventually([&] {
+        const bool no_writer = mutex.try_lock_shared();
+        if (no_writer) mutex.unlock_shared();
+        return !no_writer;
+    }));
     // The writer waits for us, this reader for the writer: until it gives up.
     std::thread reader([&] {
         const double start = seconds();

@@ -107,7 +107,7 @@ TEST_P(ThisTaskTest, AnUnloadedMirrorIsNoticedAndLocksGoOn) {
     EXPECT_EQ(this_task().slot(kPrivate), 0);
     EXPECT_EQ(this_task().look(1, kPrivate), SchedState::unknown);
     mutex.unlock();
-    reload("load --slots 100 --group root");
+    ASSERT_EQ(schedmirror("load --slots 100 --group root").exit_code, 0);
     Error error = {};
     EXPECT_TRUE(use_mirror({.wanted = Wanted::bpf, .bpf_dir = dir.c_str()}, &error)) << error.text;
     EXPECT_NE(this_task().slot(kPrivate), 0);
