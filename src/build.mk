@@ -6,7 +6,7 @@
 
 B := build
 ADAPTIVE_CXX ?= g++
-ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP
+ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP $(SANITIZE)
 # PGXS sets it to nothing where the server was built without LLVM.
 CLANG := $(or $(CLANG),clang)
 BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
@@ -54,6 +54,18 @@ $(B)/unit/interleavings_test $(B)/unit/mutex_interleavings_test: LDLIBS += -lboo
 $(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -lrt -o $@
+
+# The library's tests, and all they are made of, under a sanitizer: build/asan/unit/…, build/tsan/unit/…. Left out is what
+# sanitizers do not follow: fibers, and code that rewrites itself. They use the schedmirror command of the usual build.
+SANITIZED_TESTS := $(filter-out %interleavings_test %schedmirror_test,$(notdir $(UNIT_TESTS)))
+.PHONY: sanitize
+sanitize: schedmirror
+	@mkdir -p $(B)/asan $(B)/tsan
+	ln -sf ../schedmirror $(B)/asan/schedmirror
+	ln -sf ../schedmirror $(B)/tsan/schedmirror
+	$(MAKE) -f src/build.mk B=$(B)/asan SANITIZE="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		$(SANITIZED_TESTS:%=$(B)/asan/unit/%)
+	$(MAKE) -f src/build.mk B=$(B)/tsan SANITIZE="-fsanitize=thread" $(SANITIZED_TESTS:%=$(B)/tsan/unit/%)
 
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)

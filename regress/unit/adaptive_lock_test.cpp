@@ -239,7 +239,11 @@ TEST_F(AdaptiveLockTest, ASpinnerOffItsCpuIsReplacedAndOneOnItIsNot) {
 
 TEST_F(AdaptiveLockTest, SpinnersCannotKeepASleeperAsleepForLong) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
-    auto other = sleeper();
+    // No real spinner would take the lock from us: the other one's release must not rely on it.
+    auto other = acquirer(LockMode::exclusive, WaitPolicy::park, always_on_cpu, [this] {
+        passed_++;
+        withdraw_spinner();
+    });
     await_sleeper();
     pretend_spinner();  // and it stays: as a stream of spinners would look
     const auto start = std::chrono::steady_clock::now();

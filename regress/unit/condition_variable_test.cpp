@@ -18,10 +18,9 @@ class ConditionVariableTest : public WithSource {
 };
 INSTANTIATE_FOR_SOURCES(ConditionVariableTest);
 
-uint32_t waiters_of(const ConditionVariable& cv) {
-    uint64_t word;
-    memcpy(&word, &cv, sizeof(word));
-    return static_cast<uint32_t>(word >> 32);
+uint32_t waiters_of(ConditionVariable& cv) {
+    return static_cast<uint32_t>(
+        std::atomic_ref<uint64_t>(*static_cast<uint64_t*>(static_cast<void*>(&cv))) >> 32);
 }
 
 TEST_P(ConditionVariableTest, PingPong) {

@@ -84,7 +84,7 @@ TEST_P(FutexSpinWaitTest, WokenSpinningByAnOwnerThatComputes) {
     int spinning = 0;
     for (int i = 0; i < 20; i++) {
         Owner owner([](FutexSpinWord& futex) {
-            compute(300us);
+            compute(100us);
             futex_spin_wake(futex, 1, kPrivate);
         });
         owner.begin = true;

@@ -47,8 +47,9 @@ enum class FutexSpinEnd : uint8_t {
 /// Waits for futex_spin_wake() while the owner is the task with id `expected`.
 inline FutexSpinEnd futex_spin_wait(FutexSpinWord& futex, uint32_t expected, Sharing sharing,
                                     const Deadline& deadline = Deadline::never()) noexcept {
-    // Against a mirror that lies: then the waiter sleeps, as it would without one.
-    constexpr int64_t kLongestNs = 100'000'000;
+    // Against a mirror that lies, then the waiter sleeps as it would without one; and shorter if it can only guess:
+    // source rseq takes an owner that sleeps for one that runs.
+    const int64_t longest_ns = process_mirror().source() == Source::bpf ? 100'000'000 : 200'000;
 
     const std::atomic_ref<uint32_t> owner(futex.owner), wakes(futex.wakes);
     // Before the owner is read: a wake-up from now on is noticed. Pairs with the release in futex_spin_wake().
@@ -64,7 +65,7 @@ inline FutexSpinEnd futex_spin_wait(FutexSpinWord& futex, uint32_t expected, Sha
     const SlotId slot = task.find(tid, sharing);
     if (slot == 0 && !task_exists(tid)) return FutexSpinEnd::no_such_task;
 
-    const SpinBudget budget = spin_budget(deadline, kLongestNs);
+    const SpinBudget budget = spin_budget(deadline, longest_ns);
     const SpinEnd end = spin_on_owner(
         [&] { return wakes.load(std::memory_order_acquire) != wakes_before || differs(); },
         [&] { return slot; }, [&](SlotId s) { return task.look(s, sharing); }, budget, SpinPace::quick());

@@ -179,7 +179,7 @@ class SharedProtocol {
         auto&& state = Host::word(lock.state);
         uint64_t seen = state.load(std::memory_order_acquire);
         while ((seen & kPhase) == phase)
-            if (state.compare_exchange_weak(seen, seen - kReaderWaiting, std::memory_order_relaxed,
+            if (state.compare_exchange_weak(seen, seen - kReaderWaiting, std::memory_order_acquire,
                                             std::memory_order_acquire))
                 return true;
         return false;
