@@ -279,7 +279,7 @@ const Scenario kScenarios[] = {
     {"Two", {locks(2), locks(2)}, 4},
     {"Three", {locks(), locks(), locks()}, 3},
     {"TwoAndOneTwice", {locks(2), locks(), locks()}, 3},
-    {"TwoAndOneThatGivesUp", {locks(), gives_up(), locks()}, 3},
+    {"TwoAndOneThatGivesUp", {locks(2), gives_up(), locks()}, 3},
     {"OneAndTwoThatGiveUp", {locks(2), gives_up(), gives_up()}, 3},
     {"TwoAndOneThatTries", {locks(), locks(), tries()}, 3},
     {"OneIsKilledWithoutTheLock",
