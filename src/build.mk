@@ -1,26 +1,28 @@
 # The library, the schedmirror command, their unit tests and the micro-benchmark, all built into build/.
-# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|switch_cost]
+# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|examples|switch_cost]
 #
 # Needs: g++; for the kernel side clang, bpftool, libbpf-dev, libboost-program-options-dev; for the tests libgtest-dev and
 # libboost-dev.
 
 B := build
 ADAPTIVE_CXX ?= g++
-ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP
+ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP $(SANITIZE)
 # PGXS sets it to nothing where the server was built without LLVM.
 CLANG := $(or $(CLANG),clang)
 BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
 
-LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp src/notify/*.cpp src/sched_state/*.cpp)
+LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp src/notify/*.cpp src/sched_state/*.cpp src/lock/*.cpp)
 LIB_OBJECTS := $(LIB_SOURCES:%.cpp=$(B)/%.o)
+EXAMPLES := $(patsubst examples/%.cpp,$(B)/examples/%,$(wildcard examples/*.cpp))
 UNIT_TESTS := $(patsubst regress/unit/%.cpp,$(B)/unit/%,$(wildcard regress/unit/*_test.cpp))
 
-.PHONY: adaptive lib schedmirror unit switch_cost
-adaptive: lib schedmirror unit switch_cost
+.PHONY: adaptive lib schedmirror unit switch_cost examples
+adaptive: lib schedmirror unit switch_cost examples
 lib: $(B)/libadaptive.a
 schedmirror: $(B)/schedmirror
 unit: $(UNIT_TESTS)
 switch_cost: $(B)/switch_cost
+examples: $(EXAMPLES)
 
 # No exception and no allocation in what runs inside other people's processes.
 $(LIB_OBJECTS): $(B)/src/%.o: src/%.cpp
@@ -47,7 +49,24 @@ $(UNIT_TESTS): $(B)/unit/%: regress/unit/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lgtest -lgtest_main -lpthread $(LDLIBS) -o $@
 
-$(B)/unit/interleavings_test: LDLIBS += -lboost_context
+$(B)/unit/interleavings_test $(B)/unit/mutex_interleavings_test: LDLIBS += -lboost_context
+
+# Each a program of one file.
+$(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -lrt -o $@
+
+# The library's tests, and all they are made of, under a sanitizer: build/asan/unit/…, build/tsan/unit/…. Left out is what
+# sanitizers do not follow: fibers, and code that rewrites itself. They use the schedmirror command of the usual build.
+SANITIZED_TESTS := $(filter-out %interleavings_test %schedmirror_test,$(notdir $(UNIT_TESTS)))
+.PHONY: sanitize
+sanitize: schedmirror
+	@mkdir -p $(B)/asan $(B)/tsan
+	ln -sf ../schedmirror $(B)/asan/schedmirror
+	ln -sf ../schedmirror $(B)/tsan/schedmirror
+	$(MAKE) -f src/build.mk B=$(B)/asan SANITIZE="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		$(SANITIZED_TESTS:%=$(B)/asan/unit/%)
+	$(MAKE) -f src/build.mk B=$(B)/tsan SANITIZE="-fsanitize=thread" $(SANITIZED_TESTS:%=$(B)/tsan/unit/%)
 
 # The per-CPU operations in shared objects, at every level of optimisation.
 PERCPU_OPS := $(patsubst %,$(B)/lib/libpercpu_ops_O%.so,0 1 2 3)
@@ -60,15 +79,6 @@ $(B)/unit/percpu_test: LDLIBS += -ldl
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
-
-# Examples: each a program of one file.
-EXAMPLES := $(patsubst examples/%.cpp,$(B)/examples/%,$(wildcard examples/*.cpp))
-.PHONY: examples
-adaptive: examples
-examples: $(EXAMPLES)
-$(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
-	@mkdir -p $(@D)
-	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -o $@
 
 $(B)/unit/deschedule_test $(B)/unit/rseq_shared_test: | $(EXAMPLES)
 

@@ -391,9 +391,9 @@ void two_turns(PaceLearner& learner, const void* lock, uint64_t hold_us, uint64_
     learner.handed_over(lock);
     for (int turn = 0; turn < 2; turn++) {
         pass(hold_us);
-        if (learner.samples(lock)) learner.released(true);
+        learner.released(lock);
         pass(outside_us);
-        if (learner.samples(lock)) learner.acquiring(true);
+        learner.acquiring(lock);
     }
 }
 

@@ -8,50 +8,10 @@
 #include <gtest/gtest.h>
 
 #include "process_lock.h"
+#include "stepped.h"
 
 namespace adaptive::test {
 namespace {
-
-Explorer* explorer;
-
-/// An atomic each of whose operations is a step.
-template <class T>
-class Stepped {
-  public:
-    explicit Stepped(T& word) : word_(word) {}
-    T load(std::memory_order = {}) const {
-        explorer->step("load");
-        return word_;
-    }
-    void store(T value, std::memory_order = {}) {
-        explorer->step("store");
-        word_ = value;
-    }
-    T fetch_or(T bits) {
-        explorer->step("fetch_or");
-        return std::exchange(word_, word_ | bits);
-    }
-    T fetch_and(T bits) {
-        explorer->step("fetch_and");
-        return std::exchange(word_, word_ & bits);
-    }
-    T fetch_sub(T n) {
-        explorer->step("fetch_sub");
-        return std::exchange(word_, word_ - n);
-    }
-    bool compare_exchange_weak(T& expected, T desired) {
-        explorer->step("compare_exchange");
-        if (word_ == expected) {
-            word_ = desired;
-            return true;
-        }
-        expected = word_;
-        return false;
-    }
-
-  private:
-    T& word_;
-};
 
 struct Player {
     Seat seat;

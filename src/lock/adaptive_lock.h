@@ -209,8 +209,7 @@ class AdaptiveLock {
         const uint32_t hold = hold_of(mode);
         // Pairs with the waiters' publication in unlock_list(): see the file's head.
         const uint32_t left = Host::state(lock).fetch_sub(hold) - hold;
-        if (Host::task().pace.samples(&lock)) [[unlikely]]
-            Host::task().pace.released(mode == LockMode::exclusive);
+        Host::task().pace.released(&lock, mode == LockMode::exclusive);
         if (is_free_with_waiters(left)) [[unlikely]]
             after_release(lock, left);
     }
@@ -253,8 +252,7 @@ class AdaptiveLock {
 
     /// Phase 1. Inlined into its caller it costs no more than the server's own, which is all that most acquires do.
     [[gnu::always_inline]] static bool acquire_at_once(Lock& lock, LockMode mode) {
-        if (Host::task().pace.samples(&lock)) [[unlikely]]
-            Host::task().pace.acquiring(mode == LockMode::exclusive);
+        Host::task().pace.acquiring(&lock, mode == LockMode::exclusive);
         if (!attempt(lock, mode)) [[unlikely]]
             return false;
         Host::set_owner(lock);

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include "mirror/claim.h"
 #include "mirror/error.h"
 #include "source/bpf_source.h"
 
@@ -67,6 +68,18 @@ void Mirror::close() noexcept {
 bool Mirror::active() const noexcept {
     if (source_ == Source::bpf) return __atomic_load_n(&header()->active, __ATOMIC_RELAXED) != 0;
     return source_ == Source::rseq;
+}
+
+SlotId Mirror::find(uint32_t tid) const noexcept {
+    constexpr uint32_t kLooks = 64;
+    if (tid == 0) return 0;
+    const uint32_t slots = capacity(), looks = slots < kLooks ? slots : kLooks;
+    for (uint32_t i = 0; i < looks; i++) {
+        const uint32_t slot = 1 + (claim_place(tid, slots) + i) % slots;
+        const uint32_t* claimant = source_ == Source::bpf ? &claims_[slot].tid : &rseq_slots_[slot].tid;
+        if (__atomic_load_n(claimant, __ATOMIC_RELAXED) == tid) return static_cast<SlotId>(slot);
+    }
+    return 0;
 }
 
 SlotInfo Mirror::info(SlotId slot) const noexcept {

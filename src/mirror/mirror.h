@@ -88,6 +88,11 @@ class Mirror {
     // The state of another task. No syscall; 0, out of range, nonsense: unknown.
     SchedState look(SlotId slot) const noexcept;
 
+    // The slot of a task that attached itself, by the id it has in its own pid namespace; 0: none was found.
+    // Looks at a few slots only: in a table nearly full, or of slots chosen by their users, a task is missed. A
+    // task of another pid namespace may be taken for it: like all answers, a hint.
+    SlotId find(uint32_t tid) const noexcept;
+
     SlotInfo info(SlotId slot) const noexcept;  // for people: slower, consistent about who has the slot
     uint32_t capacity() const noexcept { return limit_ == 0 ? 0 : limit_ - 1; }
     // Who has a slot, of one moment: tid and generation. bpf only; slot: 1 .. capacity().

@@ -4,15 +4,14 @@
 // moves on by one, and the registration carries it: of two tasks that believe the slot theirs (one was taken
 // for dead, or speaks from another pid namespace), the kernel follows the newer, and the older learns so at
 // its next note_running().
-#include <signal.h>
 #include <sys/resource.h>
-#include <sys/types.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 #include <initializer_list>
 
+#include "mirror/claim.h"
 #include "mirror/error.h"
 #include "mirror/mirror.h"
 #include "source/bpf_source.h"
@@ -23,12 +22,6 @@ namespace {
 bool swap(uint32_t* word, uint32_t from, uint32_t to) noexcept {
     // Acquire pairs with the release of whoever freed the slot: its last words are visible to the new user.
     return __atomic_compare_exchange_n(word, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
-}
-
-// A claim may say anything: kill() would take a negative number for a process group, and -1 for everybody.
-bool exists(uint32_t tid) noexcept {
-    const auto pid = static_cast<pid_t>(tid);
-    return pid > 0 && (kill(pid, 0) == 0 || errno != ESRCH);
 }
 
 // Gives a claim back and moves its generation on, in one store: whoever remembers this task by slot and
@@ -51,17 +44,16 @@ int64_t times_switched_out() noexcept {
 }
 
 // Claims a slot for `tid`: first a free one, then one whose claimant no longer exists (it died between
-// claiming and registering). word(i) is slot i's claim word. Starts at a place of the task's own, so that
-// many starting at once do not fight over the same slots. 0: all taken.
+// claiming and registering). word(i) is slot i's claim word. 0: all taken.
 template <typename Word>
 uint32_t claim_slot(uint32_t limit, uint32_t tid, Word word) noexcept {
     const uint32_t slots = limit - 1;
-    const uint32_t start = static_cast<uint32_t>((tid * 2654435761ULL) >> 16) % slots;
+    const uint32_t start = claim_place(tid, slots);
     for (const bool take_over : {false, true}) {
         for (uint32_t i = 0; i < slots; i++) {
             const uint32_t slot = 1 + (start + i) % slots;
             const uint32_t claimant = __atomic_load_n(word(slot), __ATOMIC_RELAXED);
-            if (claimant != 0 && (!take_over || exists(claimant))) continue;
+            if (claimant != 0 && (!take_over || task_exists(claimant))) continue;
             if (swap(word(slot), claimant, tid)) return slot;
         }
     }

@@ -42,27 +42,16 @@ struct SpinPace {
 
 class PaceLearner {
   public:
-    /// Whether acquiring() and released() want to hear of this lock. Hot.
-    bool samples(const void* lock) const noexcept { return lock == sampled_; }
-
-    /// An acquire of the sampled lock begins.
-    [[gnu::noinline]] void acquiring(bool exclusive) noexcept {
-        if (!exclusive) return;
-        const uint64_t now = CycleClock::now();
-        if (stage_ == Stage::alone) {
-            learn(of(sampled_).turn_alone, now - since_, 64, 8);
-            sampled_ = nullptr;
-        } else {
-            stage_ = Stage::alone;  // unless this acquire has to wait: handed_over()
-            since_ = now;
-        }
+    /// An acquire begins. Hot.
+    void acquiring(const void* lock, bool exclusive = true) noexcept {
+        if (lock == sampled_) [[unlikely]]
+            sample_at_acquire(exclusive);
     }
 
-    /// A hold of the sampled lock has ended.
-    [[gnu::noinline]] void released(bool exclusive) noexcept {
-        if (!exclusive || stage_ != Stage::holding) return;
-        learn(of(sampled_).hold_after_handover, CycleClock::now() - since_, 16, 16);
-        stage_ = Stage::outside;
+    /// A hold has ended. Hot.
+    void released(const void* lock, bool exclusive = true) noexcept {
+        if (lock == sampled_) [[unlikely]]
+            sample_at_release(exclusive);
     }
 
     /// An exclusive acquire that had to wait has succeeded: the lock was handed over.
@@ -111,6 +100,24 @@ class PaceLearner {
             value = sample + 1;
         else
             value = sample > value ? value + value / up + 1 : value - value / down;
+    }
+
+    [[gnu::noinline]] void sample_at_acquire(bool exclusive) noexcept {
+        if (!exclusive) return;
+        const uint64_t now = CycleClock::now();
+        if (stage_ == Stage::alone) {
+            learn(of(sampled_).turn_alone, now - since_, 64, 8);
+            sampled_ = nullptr;
+        } else {
+            stage_ = Stage::alone;  // unless this acquire has to wait: handed_over()
+            since_ = now;
+        }
+    }
+
+    [[gnu::noinline]] void sample_at_release(bool exclusive) noexcept {
+        if (!exclusive || stage_ != Stage::holding) return;
+        learn(of(sampled_).hold_after_handover, CycleClock::now() - since_, 16, 16);
+        stage_ = Stage::outside;
     }
 
     const void* sampled_ = nullptr;

@@ -1,0 +1,167 @@
+// The registration behind the locks: which mirror is used, and why not a better one; threads that come and go;
+// fork.
+#include "lock/this_task.h"
+
+#include <climits>
+
+#include "lock/mutex.h"
+#include "lock_test.h"
+
+namespace adaptive::test {
+namespace {
+
+using Wanted = MirrorChoice::Wanted;
+constexpr Sharing kPrivate = Sharing::process_private, kShared = Sharing::process_shared;
+
+class ThisTaskTest : public WithSource {
+    TimeLimit limit_{60};
+};
+INSTANTIATE_FOR_SOURCES(ThisTaskTest);
+
+TEST_P(ThisTaskTest, EntersByItself) {
+    std::thread([] {
+        ThisTask& task = this_task();
+        EXPECT_EQ(task.tid(), static_cast<uint32_t>(gettid()));
+        EXPECT_EQ(task.slot(kPrivate) != 0, GetParam() != Source::off);
+        EXPECT_EQ(task.slot(kShared), task.slot(kPrivate)) << "these tables reach all processes";
+        EXPECT_EQ(task.find(task.tid(), kPrivate), task.slot(kPrivate));
+        EXPECT_EQ(task.find(0, kPrivate), 0);
+        EXPECT_EQ(&this_task(), &task);
+    }).join();
+}
+
+TEST_P(ThisTaskTest, LeavesWithItsThread) {
+    const MirrorInUse before = mirror_in_use();
+    for (int i = 0; i < 20; i++)
+        std::thread([&] {
+            // Destroyed before the thread's registration is given back.
+            struct LocksLate {
+                Mutex mutex;
+                ~LocksLate() { mutex.lock(), mutex.unlock(); }
+            };
+            thread_local LocksLate late;
+            late.mutex.lock();
+            EXPECT_EQ(mirror_in_use().used, before.used + (GetParam() != Source::off ? 1 : 0));
+            late.mutex.unlock();
+        }).join();
+    EXPECT_EQ(mirror_in_use().used, before.used);
+}
+
+TEST_P(ThisTaskTest, SeesOthersRunAndSleep) {
+    if (GetParam() == Source::off) return;
+    std::atomic<SlotId> slot{0};
+    std::atomic<bool> stop{false};
+    std::thread sleeper([&] {
+        slot = this_task().slot(kPrivate);
+        while (!stop) usleep(1000);
+    });
+    ASSERT_TRUE(eventually([&] { return slot != 0; }));
+    EXPECT_TRUE(GetParam() == Source::rseq ||
+                eventually([&] { return this_task().look(slot, kPrivate) == SchedState::blocked; }));
+    stop = true;
+    sleeper.join();
+}
+
+TEST_P(ThisTaskTest, AForkedChildEntersAnew) {
+    (void)this_task();
+    const SlotId parents = this_task().slot(kShared);
+    const pid_t parent = getpid();
+    Child child([&] {
+        const ThisTask& task = this_task();
+        const bool ok = task.tid() == static_cast<uint32_t>(gettid()) && getpid() != parent &&
+                        (parents == 0 || (task.slot(kShared) != 0 && task.slot(kShared) != parents));
+        Child grandchild([&] { _exit(this_task().tid() == static_cast<uint32_t>(gettid()) ? 0 : 1); });
+        _exit(ok && grandchild.wait() == 0 ? 0 : 1);
+    });
+    EXPECT_EQ(child.wait(), 0);
+    EXPECT_EQ(this_task().slot(kShared), parents);
+}
+
+TEST_P(ThisTaskTest, TheMirrorIsNotTakenFromThreadsThatUseIt) {
+    if (GetParam() == Source::off) return;
+    std::atomic<bool> entered{false}, stop{false};
+    std::thread other([&] {
+        (void)this_task();
+        entered = true;
+        while (!stop) usleep(1000);
+    });
+    ASSERT_TRUE(eventually([&] { return entered.load(); }));
+    Error error = {};
+    EXPECT_FALSE(use_mirror({.wanted = Wanted::off}, &error));
+    EXPECT_NE(strstr(error.text, "other threads"), nullptr) << error.text;
+    EXPECT_EQ(mirror_in_use().source, GetParam());
+    stop = true;
+    other.join();
+    EXPECT_TRUE(use_mirror({.wanted = Wanted::off}, &error)) << error.text;
+    EXPECT_EQ(this_task().slot(kPrivate), 0);
+}
+
+TEST_P(ThisTaskTest, AnUnloadedMirrorIsNoticedAndLocksGoOn) {
+    if (GetParam() != Source::bpf) return;
+    Mutex mutex;
+    mutex.lock();
+    mutex.unlock();
+    ASSERT_NE(this_task().slot(kPrivate), 0);
+    ASSERT_EQ(schedmirror("unload").exit_code, 0);
+    mutex.lock();
+    EXPECT_EQ(this_task().slot(kPrivate), 0);
+    EXPECT_EQ(this_task().look(1, kPrivate), SchedState::unknown);
+    mutex.unlock();
+    ASSERT_EQ(schedmirror("load --slots 100 --group root").exit_code, 0);
+    Error error = {};
+    EXPECT_TRUE(use_mirror({.wanted = Wanted::bpf, .bpf_dir = dir.c_str()}, &error)) << error.text;
+    EXPECT_NE(this_task().slot(kPrivate), 0);
+}
+
+TEST(MirrorChoiceTest, SaysWhyNotABetterOne) {
+    Error error = {};
+    const MirrorChoice nowhere = {.wanted = Wanted::bpf, .bpf_dir = "/sys/fs/bpf/no_such_mirror"};
+    ASSERT_TRUE(use_mirror({.wanted = Wanted::off}, &error));
+    EXPECT_FALSE(use_mirror(nowhere, &error));
+    EXPECT_NE(strstr(error.text, "schedmirror load"), nullptr) << error.text;
+    EXPECT_EQ(mirror_in_use().source, Source::off) << "nothing has changed";
+
+    ASSERT_TRUE(use_mirror({.bpf_dir = nowhere.bpf_dir}, &error)) << error.text;
+    const MirrorInUse status = mirror_in_use();
+    EXPECT_NE(strstr(status.why_not_bpf.text, "schedmirror load"), nullptr) << status.why_not_bpf.text;
+    if (status.source == Source::off) {
+        EXPECT_STRNE(status.why_not_rseq.text, "");
+    } else {
+        EXPECT_EQ(status.source, Source::rseq);
+        EXPECT_FALSE(status.across_processes) << "a table of this process's own";
+        EXPECT_NE(this_task().slot(kPrivate), 0);
+        EXPECT_EQ(this_task().slot(kShared), 0) << "nobody else can look this one up";
+        EXPECT_EQ(this_task().look(this_task().slot(kPrivate), kShared), SchedState::unknown);
+    }
+    EXPECT_TRUE(use_mirror({.wanted = Wanted::off}, &error));
+}
+
+TEST(MirrorChoiceTest, AFullTableLeavesThreadsWithoutASlot) {
+    alignas(64) static char table[(3 + 64) * 64];
+    Mirror::rseq_format(table, 3, 64);
+    Error error = {};
+    if (!use_mirror({.wanted = Wanted::rseq, .rseq_table = table}, &error)) GTEST_SKIP() << error.text;
+    ASSERT_NE(this_task().slot(kPrivate), 0);
+    std::atomic<int> entered{0};
+    Mutex mutex;
+    run_threads(3, [&](int) {
+        entered++;
+        for (int i = 0; i < 1000; i++) mutex.lock(), mutex.unlock();
+        while (entered < 3) usleep(1000);
+    });
+    EXPECT_NE(strstr(mirror_in_use().refused.text, "taken"), nullptr) << mirror_in_use().refused.text;
+    EXPECT_TRUE(use_mirror({.wanted = Wanted::off}, &error)) << error.text;
+}
+
+TEST(DeadlineTest, ExtremesDoNotWrap) {
+    EXPECT_TRUE(Deadline::in(std::chrono::hours::max()).is_never());
+    EXPECT_TRUE(Deadline::in(std::chrono::nanoseconds::max()).is_never());
+    EXPECT_TRUE(Deadline::in(std::chrono::hours::min()).passed());
+    EXPECT_TRUE(Deadline::at(std::chrono::steady_clock::time_point::max()).is_never());
+    EXPECT_TRUE(Deadline::at(std::chrono::system_clock::time_point::min()).passed());
+    EXPECT_FALSE(Deadline::never().passed());
+    EXPECT_GE(Deadline::in(std::chrono::duration<double>(0.5)).left(), 400'000'000);
+}
+
+}  // namespace
+}  // namespace adaptive::test
