@@ -56,17 +56,21 @@ $(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -lrt -o $@
 
-# The library's tests, and all they are made of, under a sanitizer: build/asan/unit/…, build/tsan/unit/…. Left out is what
-# sanitizers do not follow: fibers, and code that rewrites itself. They use the schedmirror command of the usual build.
-SANITIZED_TESTS := $(filter-out %interleavings_test %schedmirror_test,$(notdir $(UNIT_TESTS)))
+# The library's tests, and all they are made of, under sanitizers: build/asan/unit/…, build/tsan/unit/…. Left out is what they
+# do not follow: fibers, code that rewrites itself, and in the latter what processes or the kernel do. They use the
+# schedmirror command and the examples of the usual build.
+ASAN_TESTS := $(filter-out %interleavings_test %schedmirror_test %mirror_test,$(notdir $(UNIT_TESTS)))
+TSAN_TESTS := $(filter adaptive_lock_test mutex_test shared_mutex_test condition_variable_test futex_spin_wait_test this_task_test percpu_test,$(ASAN_TESTS))
 .PHONY: sanitize
-sanitize: schedmirror
+sanitize: schedmirror examples
 	@mkdir -p $(B)/asan $(B)/tsan
-	ln -sf ../schedmirror $(B)/asan/schedmirror
-	ln -sf ../schedmirror $(B)/tsan/schedmirror
-	$(MAKE) -f src/build.mk B=$(B)/asan SANITIZE="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
-		$(SANITIZED_TESTS:%=$(B)/asan/unit/%)
-	$(MAKE) -f src/build.mk B=$(B)/tsan SANITIZE="-fsanitize=thread" $(SANITIZED_TESTS:%=$(B)/tsan/unit/%)
+	ln -sfn ../schedmirror $(B)/asan/schedmirror
+	ln -sfn ../schedmirror $(B)/tsan/schedmirror
+	ln -sfn ../examples $(B)/asan/examples
+	ln -sfn ../examples $(B)/tsan/examples
+	+$(MAKE) -f src/build.mk B=$(B)/asan SANITIZE="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+		$(ASAN_TESTS:%=$(B)/asan/unit/%)
+	+$(MAKE) -f src/build.mk B=$(B)/tsan SANITIZE="-O1 -g1 -fsanitize=thread" $(TSAN_TESTS:%=$(B)/tsan/unit/%)
 
 # The per-CPU operations in shared objects, at every level of optimisation.
 PERCPU_OPS := $(patsubst %,$(B)/lib/libpercpu_ops_O%.so,0 1 2 3)

@@ -201,8 +201,9 @@ inline SchedState Mirror::look(SlotId slot) const noexcept {
 // The mending is needed because not every kernel traces every switch: on some virtual machines the switches
 // away from the idle task and from init's threads reach no tracepoint user, and whoever is switched in then
 // stays "off CPU". The kernel stores the state before the count (schedmirror.bpf.c), so a task that is being
-// switched out may still be called running for the length of two stores, and never the other way round.
-// Acquire: the counts read are at least as new as the state.
+// switched out may still be called running for the length of two stores. Acquire: the counts read are at
+// least as new as the state. A reader that is overtaken by a switch between its loads answers with the state
+// before it.
 inline SchedState Mirror::look_bpf(SlotId slot) const noexcept {
     const sched_slot& s = slots_[slot];
     const uint32_t state = __atomic_load_n(&s.state, __ATOMIC_ACQUIRE);
