@@ -77,4 +77,16 @@ $(B)/lock_torture: regress/torture/lock_torture.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
--include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)
+# The comparison of locks, which needs the packages of `scripts/setup --micro`: not among the goals of `make`.
+.PHONY: micro
+micro: $(B)/micro $(B)/uncontended
+$(B)/micro $(B)/uncontended: $(B)/%: bench/locks/%.cpp $(B)/bench/contenders.o $(B)/libadaptive.a
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench $(filter-out %.h,$^) -lbenchmark -lboost_program_options \
+		-labsl_synchronization -lnsync_cpp -lpthread -o $@
+
+$(B)/bench/contenders.o: bench/locks/contenders.cpp
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench -c $< -o $@
+
+-include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(B)/micro.d $(B)/uncontended.d \
+	$(B)/bench/contenders.d $(wildcard $(B)/schedmirror*.d)
