@@ -69,13 +69,21 @@ sanitize: schedmirror
 
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
-	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
 .PHONY: lock_torture
 lock_torture: $(B)/lock_torture
 $(B)/lock_torture: regress/torture/lock_torture.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
+
+# What bench/questions measures.
+COSTS := $(patsubst bench/costs/%.cpp,$(B)/costs/%,$(wildcard bench/costs/*.cpp))
+.PHONY: costs
+costs: $(COSTS)
+$(COSTS): $(B)/costs/%: bench/costs/%.cpp bench/generator/line_cost.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench $(filter-out %.h,$^) -lpthread -o $@
 
 # The comparison of locks, which needs the packages of `scripts/setup --micro`: not among the goals of `make`.
 .PHONY: micro
@@ -89,4 +97,4 @@ $(B)/bench/contenders.o: bench/locks/contenders.cpp
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench -c $< -o $@
 
 -include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/lock_torture.d $(B)/micro.d $(B)/uncontended.d \
-	$(B)/bench/contenders.d $(wildcard $(B)/schedmirror*.d)
+	$(B)/bench/contenders.d $(COSTS:=.d) $(wildcard $(B)/schedmirror*.d)
