@@ -70,8 +70,12 @@ class Tasks {
                 use.contend(arena, index);
                 arena.tasks[index].sleeps = own_sleeps();
             };
+            clockid_t clock;
             if (!processes) {
                 threads_.emplace_back(body);
+                if (pthread_getcpuclockid(threads_.back().native_handle(), &clock) != 0)
+                    fail("a task has no CPU clock");
+                clocks_.push_back(clock);
                 continue;
             }
             const pid_t parent = getpid(), child = fork();
@@ -82,9 +86,9 @@ class Tasks {
                 body();
                 _exit(0);
             }
-            clockid_t clock;
+            children_.push_back(child);
             if (clock_getcpuclockid(child, &clock) != 0) fail("a task has no CPU clock");
-            children_.push_back({child, clock});
+            clocks_.push_back(clock);
         }
         for (int ms = 0; arena.ready.load() < static_cast<uint32_t>(count); ms++) {
             if (ms > 20'000) fail("the tasks do not get ready");
@@ -100,9 +104,9 @@ class Tasks {
 
     void join() {
         for (std::thread& thread : threads_) thread.join();
-        for (const Child& child : children_) {
+        for (const pid_t child : children_) {
             int status = 0;
-            waitpid(child.pid, &status, 0);
+            waitpid(child, &status, 0);
             if (status != 0) fail("a task has died");
         }
     }
@@ -114,27 +118,22 @@ class Tasks {
         return each;
     }
     double cpu_seconds() const {
-        if (children_.empty()) return seconds_of(CLOCK_PROCESS_CPUTIME_ID);
         double sum = 0;
-        for (const Child& child : children_) sum += seconds_of(child.clock);
+        for (const clockid_t clock : clocks_) sum += seconds_of(clock);
         return sum;
     }
 
   private:
-    struct Child {
-        pid_t pid;
-        clockid_t clock;
-    };
-
     [[noreturn]] void fail(const std::string& what) const {
-        for (const Child& child : children_) kill(child.pid, SIGKILL);
+        for (const pid_t child : children_) kill(child, SIGKILL);
         give_up(kFailed, what);
     }
 
     Arena& arena_;
     int count_;
     std::vector<std::thread> threads_;
-    std::vector<Child> children_;
+    std::vector<pid_t> children_;
+    std::vector<clockid_t> clocks_;
 };
 
 uint64_t sum(const std::vector<uint64_t>& values) {
