@@ -122,13 +122,13 @@ class Comparison:
         peers = [name for name in self.samples[cell] if not self.locks[name].ours]
         return max(peers, key=lambda name: self.median(cell, name, "operations_per_second"), default=None)
 
-    def ratio(self, cell: Cell, lock: str, other: Optional[str], figure: str = "operations_per_second") -> Optional[dict]:
+    def ratio(self, cell: Cell, lock: str, other: Optional[str]) -> Optional[dict]:
+        """Of rates, within a round. A lock that got nothing done counts as if it had done one operation."""
         if other is None:
             return None
-        ratios = [mine / theirs for mine, theirs in zip(self.values(cell, lock, figure), self.values(cell, other, figure))
-                  if theirs > 0]
-        if not ratios:
-            return None
+        least = 1 / self.machine["seconds"]
+        ratios = [mine / max(theirs, least) for mine, theirs in zip(self.values(cell, lock, "operations_per_second"),
+                                                                   self.values(cell, other, "operations_per_second"))]
         return {"lock": lock, "vs": other, "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
     def ours(self) -> Optional[str]:
@@ -143,7 +143,7 @@ class Comparison:
             if cell.count > self.machine["cpus"] and SPINLOCK in self.samples[cell]:
                 wanted.append((SPINLOCK, OF_SPINLOCK))
             for other, least in wanted:
-                ratio = self.ratio(cell, ours, other)
+                ratio = self.ratio(cell, ours, other) if ours in self.samples[cell] else None
                 if ratio:
                     found.append({**cell._asdict(), **ratio, "wanted": least, "met": round(ratio["median"], 2) >= least})
         return found

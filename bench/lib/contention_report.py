@@ -2,6 +2,7 @@
 
 import html
 import json
+import math
 import os
 from typing import Callable, List, Optional
 
@@ -23,7 +24,7 @@ def duration(us: Optional[float]) -> str:
 
 
 def _ratio(results: Comparison, cell: Cell, lock: str) -> str:
-    entry = results.ratio(cell, lock, results.best_peer(cell))
+    entry = results.ratio(cell, lock, results.best_peer(cell)) if lock in results.samples[cell] else None
     if entry is None:
         return "-"
     if not results.locks[lock].ours:
@@ -112,7 +113,7 @@ def _aligned(rows: List[List[str]]) -> str:
 # ---- page ----
 
 def _plot(results: Comparison, kind: str, figure: str, label: str) -> str:
-    """One panel a section, a line a lock, over the number of tasks; whiskers of ours from the lowest to the
+    """One panel a section, a line a lock, over the number of tasks; whiskers of the judged one from the lowest to the
     highest round.
     """
     plt = pyplot()
@@ -132,11 +133,11 @@ def _plot(results: Comparison, kind: str, figure: str, label: str) -> str:
             if not points:
                 continue
             first = name == results.ours()
-            handles[name], = ax.plot([n for n, _ in points], [results.median(cell, name, figure) for _, cell in points],
+            handles[name], = ax.plot([n for n, _ in points], [results.median(cell, name, figure) or math.nan for _, cell in points],
                                      color=OURS if first else colors[i % len(colors)], marker=MARKS[i % len(MARKS)],
                                      markersize=4, linewidth=2.2 if first else 0.9, linestyle="-" if lock.ours else "--",
                                      zorder=3 if lock.ours else 2)
-            if lock.ours:
+            if first:
                 for n, cell in points:
                     values = results.values(cell, name, figure)
                     ax.plot([n, n], [min(values), max(values)], color="#222222", linewidth=0.8)

@@ -186,7 +186,7 @@ void measure(const Contender& lock, const Section& section, int count, bool proc
         sleeps += arena.tasks[i].sleeps;
     }
     const auto total = static_cast<double>(sum(done));
-    const double per_operation = total > 0 ? 1 / total : 0;
+    const double per_operation = 1 / std::max(total, 1.0);
     const auto us = [](uint64_t ticks) {
         return static_cast<double>(ticks) / static_cast<double>(CycleClock::ticks_per_microsecond());
     };
