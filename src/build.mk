@@ -1,5 +1,5 @@
 # The library, the schedmirror command, their unit tests and the micro-benchmark, all built into build/.
-# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|examples|switch_cost]
+# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|examples|switch_cost|costs|micro]
 #
 # Needs: g++; for the kernel side clang, bpftool, libbpf-dev, libboost-program-options-dev; for the tests libgtest-dev and
 # libboost-dev.

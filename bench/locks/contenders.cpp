@@ -10,7 +10,6 @@
 
 #include <boost/interprocess/sync/interprocess_mutex.hpp>
 #include <cstring>
-#include <iterator>
 #include <mutex>
 
 #include "lock/mutex.h"
@@ -151,8 +150,8 @@ constexpr Contender kContenders[] = {
 
 }  // namespace
 
-ContenderList contenders() {
-    return {std::begin(kContenders), std::end(kContenders)};
+std::span<const Contender> contenders() {
+    return kContenders;
 }
 
 const Contender* contender(const char* name) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "locks/contention.h"
 #include "mirror/mirror.h"
@@ -25,13 +26,7 @@ struct Contender {
     bool (*prepare)(adaptive::Error* error) = nullptr;
 };
 
-struct ContenderList {
-    const Contender* first;
-    const Contender* behind;
-    const Contender* begin() const { return first; }
-    const Contender* end() const { return behind; }
-};
-ContenderList contenders();
+std::span<const Contender> contenders();
 
 /// Null: there is none of that name.
 const Contender* contender(const char* name);

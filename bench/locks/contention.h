@@ -10,7 +10,6 @@
 #include <atomic>
 #include <cstdint>
 #include <ctime>
-#include <mutex>
 #include <new>
 
 #include "generator/busy_work.h"
@@ -84,7 +83,7 @@ inline uint64_t hold(Arena& arena, uint64_t chain) {
     return chain;
 }
 
-/// The life of task number `index`. Holding is `typename Lock::Holding`, or std::lock_guard<Lock>.
+/// The life of task number `index`. Holding takes the lock when it is made, and gives it back at its end.
 template <class Lock, class Holding>
 void contend(Arena& arena, int index) {
     Lock& lock = *std::launder(reinterpret_cast<Lock*>(arena.lock));

@@ -35,12 +35,11 @@ constexpr int kFailed = 1, kUsage = 2, kNotHere = 3;
 constexpr const char* kAbout =
     "Usage: micro --lock NAME [OPTION]… | --list\n"
     "\n"
-    "Lets tasks contend for one lock and prints what came of it as a JSON object: operations a second, CPU\n"
-    "seconds per million operations, sleeps (voluntary context switches) per operation, the time from asking "
-    "for\n"
-    "the lock until having it (50th and 99th percentile, longest), and the operations of the task that had "
-    "the\n"
-    "fewest, as a share of an equal share. In short sections one wait in eight is timed.\n"
+    "Lets tasks contend for one lock and prints what came of it as a JSON object: operations a second,\n"
+    "CPU seconds per million operations, sleeps (voluntary context switches) per operation, the time\n"
+    "from asking for the lock until having it (50th and 99th percentile, longest), and the operations\n"
+    "of the task that had the fewest, as a share of an equal share. In short sections one wait in eight\n"
+    "is timed.\n"
     "Exit codes: 1 failed, 2 wrong option, 3 this lock cannot be had here, or not by processes.\n"
     "\n";
 
