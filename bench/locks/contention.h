@@ -41,13 +41,14 @@ inline constexpr Section kSections[] = {
 /// Written by its task alone, on lines of its own.
 struct alignas(128) Task {
     std::atomic<uint64_t> operations;  // begun and ended
+    uint64_t intrusions;               // holds during which somebody else was inside
     std::atomic<uint64_t> sleeps;      // voluntary context switches
     Histogram waits;
 };
 
 struct Arena {
     alignas(128) unsigned char lock[128];
-    alignas(128) uint64_t protected_line[8];
+    alignas(128) volatile uint64_t protected_line[8];
 
     alignas(128) uint64_t hold, outside, rare_compute;  // turns
     uint64_t rare_one_in, rare_sleep_ns;
@@ -68,9 +69,11 @@ inline void await_start(Arena& arena) {
                              adaptive::Deadline::never());
 }
 
-/// What one hold does, lock taken.
-inline uint64_t hold(Arena& arena, uint64_t chain) {
-    arena.protected_line[0]++;
+/// What one hold does, lock taken. False: the lock let somebody else in meanwhile.
+inline bool hold(Arena& arena, uint64_t task, uint64_t& chain) {
+    volatile uint64_t* line = arena.protected_line;
+    line[0] = line[0] + 1;
+    line[1] = task;
     chain = lock_generator::work(arena.hold, chain);
     if (arena.rare_one_in != 0 && (chain >> 40) % arena.rare_one_in == 0) {
         if (arena.rare_sleep_ns != 0) {
@@ -79,8 +82,8 @@ inline uint64_t hold(Arena& arena, uint64_t chain) {
         }
         chain = lock_generator::work(arena.rare_compute, chain);
     }
-    arena.protected_line[7]++;
-    return chain;
+    line[7] = line[7] + 1;
+    return line[1] == task;
 }
 
 /// The life of task number `index`. Holding takes the lock when it is made, and gives it back at its end.
@@ -100,7 +103,7 @@ void contend(Arena& arena, int index) {
         {
             Holding holding(lock);
             if (timed == 0) after = adaptive::CycleClock::now();
-            chain = hold(arena, chain);
+            if (!hold(arena, static_cast<uint64_t>(index), chain)) me.intrusions++;
         }
         if (timed == 0) {
             // What the end of the measurement cut off counts up to there.

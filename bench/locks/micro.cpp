@@ -175,15 +175,17 @@ void measure(const Contender& lock, const Section& section, int count, bool proc
     tasks.join();
 
     const std::vector<uint64_t> all = tasks.operations();
-    if (arena.protected_line[0] != sum(all) || arena.protected_line[7] != sum(all))
+    uint64_t intrusions = 0, sleeps = 0;
+    bench::Histogram waits = {};
+    for (int i = 0; i < count; i++) {
+        const bench::Task& task = arena.tasks[i];
+        intrusions += task.intrusions;
+        sleeps += task.sleeps;
+        waits.merge(task.waits);
+    }
+    if (intrusions != 0 || arena.protected_line[0] != sum(all) || arena.protected_line[7] != sum(all))
         give_up(kFailed, std::string(lock.name) + " was held by two tasks at once");
     for (size_t i = 0; i < done.size(); i++) done[i] -= before[i];
-    bench::Histogram waits = {};
-    uint64_t sleeps = 0;
-    for (int i = 0; i < count; i++) {
-        waits.merge(arena.tasks[i].waits);
-        sleeps += arena.tasks[i].sleeps;
-    }
     const auto total = static_cast<double>(sum(done));
     const double per_operation = 1 / std::max(total, 1.0);
     const auto us = [](uint64_t ticks) {
