@@ -25,6 +25,7 @@
 #include <string>
 #include <vector>
 
+#include "costs/measure.h"
 #include "mirror/mirror.h"
 
 namespace po = boost::program_options;
@@ -46,12 +47,6 @@ void command(const std::string& verb) {
         give_up("`schedmirror " + verb + "` failed (needs root)");
 }
 
-double seconds() {
-    timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return static_cast<double>(now.tv_sec) + static_cast<double>(now.tv_nsec) * 1e-9;
-}
-
 struct Pipe {
     int ends[2];
     Pipe() {
@@ -67,13 +62,10 @@ struct Pipe {
 };
 
 // Alone on one CPU: real-time, where allowed, so that nobody else's time is measured.
-void pin_to(int cpu) {
+void alone_on(int cpu) {
     const sched_param priority = {1};
     sched_setscheduler(0, SCHED_FIFO, &priority);
-    cpu_set_t set;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    if (sched_setaffinity(0, sizeof(set), &set) != 0) give_up("cannot pin to a CPU");
+    bench::pin_to(cpu);
 }
 
 // A forked process that registers if asked to, says so, and runs `body`.
@@ -100,16 +92,13 @@ pid_t start(bool registered, Body body) {
 constexpr int kBatch =
     200;  // round trips timed at once: short enough to fall between two preemptions by others
 
-double median(std::vector<double> values) {
-    std::sort(values.begin(), values.end());
-    return values[values.size() / 2];
-}
+using bench::median;
 
 // Nanoseconds per switch between two fresh processes on `cpu`: the median of the batches.
 double measure(bool registered, bool attached, int cpu, int batches) {
     Pipe go, there, back, result;
     const pid_t echo = start(registered, [&] {
-        pin_to(cpu);
+        alone_on(cpu);
         for (int i = 0; i < (batches + 1) * kBatch; i++) {
             there.receive();
             back.send();
@@ -117,17 +106,13 @@ double measure(bool registered, bool attached, int cpu, int batches) {
     });
     const pid_t timer = start(registered, [&] {
         go.receive();
-        pin_to(cpu);
-        std::vector<double> times;
-        for (int batch = 0; batch < batches + 1; batch++) {
-            const double begin = seconds();
-            for (int i = 0; i < kBatch; i++) {
-                there.send();
-                back.receive();
-            }
-            times.push_back((seconds() - begin) * 1e9 / (2 * kBatch));
-        }
-        const double ns = median(times);
+        alone_on(cpu);
+        const double ns = bench::cost_ns(batches + 1, kBatch,
+                                         [&] {
+                                             there.send();
+                                             back.receive();
+                                         }) /
+                          2;
         if (write(result.ends[1], &ns, sizeof(ns)) != sizeof(ns)) _exit(1);
     });
     if (!attached) {
@@ -173,7 +158,7 @@ int main(int argc, char** argv) {
         "cpu", po::value(&cpu)->default_value(0), "where the two tasks run")(
         "batches", po::value(&batches)->default_value(150), "batches of 200 round trips per measurement")(
         "schedmirror", po::value(&schedmirror)->default_value("build/schedmirror"), "the command")(
-        "help", "print this");
+        "json", "print JSON")("help", "print this");
     po::variables_map given;
     po::store(po::parse_command_line(argc, argv, options), given);
     po::notify(given);
@@ -206,6 +191,20 @@ int main(int argc, char** argv) {
         fprintf(stderr, "\rround %d of %d", round + 1, rounds);
     }
     fprintf(stderr, "\n");
+    if (given.count("json")) {
+        const char* separator = "[";
+        for (const Case& c : cases) {
+            const auto [low, high] = std::minmax_element(c.added.begin(), c.added.end());
+            printf(
+                "%s{\"registered_tasks\": %s, \"others\": %d, \"without_ns\": %.1f, \"with_ns\": %.1f, "
+                "\"added_ns\": %.1f, \"min\": %.1f, \"max\": %.1f}",
+                separator, c.registered ? "true" : "false", c.others, median(c.without), median(c.with),
+                median(c.added), *low, *high);
+            separator = ",\n ";
+        }
+        printf("]\n");
+        return 0;
+    }
     printf("%-13s %10s | %10s %10s | %9s %20s %7s\n", "the two tasks", "registered", "without ns", "with ns",
            "added ns", "range", "target");
     for (const Case& c : cases) {

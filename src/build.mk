@@ -1,5 +1,5 @@
 # The library, the schedmirror command, their unit tests and the micro-benchmark, all built into build/.
-# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|examples|switch_cost]
+# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|examples|switch_cost|costs|micro]
 #
 # Needs: g++; for the kernel side clang, bpftool, libbpf-dev, libboost-program-options-dev; for the tests libgtest-dev and
 # libboost-dev.
@@ -82,7 +82,7 @@ $(B)/unit/percpu_test: LDLIBS += -ldl
 
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
-	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
 $(B)/unit/deschedule_test $(B)/unit/rseq_shared_test: | $(EXAMPLES)
 
@@ -99,4 +99,24 @@ $(B)/lock_torture: regress/torture/lock_torture.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
--include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/accuracy.d $(B)/lock_torture.d $(wildcard $(B)/schedmirror*.d)
+# What bench/questions measures.
+COSTS := $(patsubst bench/costs/%.cpp,$(B)/costs/%,$(wildcard bench/costs/*.cpp))
+.PHONY: costs
+costs: $(COSTS)
+$(COSTS): $(B)/costs/%: bench/costs/%.cpp bench/generator/line_cost.cpp $(B)/libadaptive.a
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench $(filter-out %.h,$^) -lpthread -o $@
+
+# The comparison of locks, which needs the packages of `scripts/setup --micro`: not among the goals of `make`.
+.PHONY: micro
+micro: $(B)/micro $(B)/uncontended
+$(B)/micro $(B)/uncontended: $(B)/%: bench/locks/%.cpp $(B)/bench/contenders.o $(B)/libadaptive.a
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench $(filter-out %.h,$^) -lbenchmark -lboost_program_options \
+		-labsl_synchronization -lnsync_cpp -lpthread -o $@
+
+$(B)/bench/contenders.o: bench/locks/contenders.cpp
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench -c $< -o $@
+
+-include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/accuracy.d $(B)/lock_torture.d $(B)/micro.d $(B)/uncontended.d \
+	$(B)/bench/contenders.d $(COSTS:=.d) $(wildcard $(B)/schedmirror*.d)

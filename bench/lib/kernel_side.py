@@ -11,8 +11,9 @@ PINS = os.path.join(BPF_FS, "schedmirror")
 
 
 class KernelSide:
-    def __init__(self, command: str):
+    def __init__(self, command: str, group: str = "postgres"):
         self.command = command
+        self.group = group
         self.mounted = False
         self.loaded = False
 
@@ -26,7 +27,7 @@ class KernelSide:
         if not os.path.ismount(BPF_FS):
             self.mounted = _run("mount", "-t", "bpf", "bpf", BPF_FS) is None
         # Changes nothing when it is loaded, and says so when what is loaded is of another version.
-        problem = _run(self.command, "load", "--group", "postgres")
+        problem = _run(self.command, "load", "--group", self.group)
         self.loaded = problem is None and not was_there
         return problem
 

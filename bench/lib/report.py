@@ -5,7 +5,7 @@ import io
 import json
 import os
 import statistics
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from .results import REFERENCE, Results
 from .workloads import ALL
@@ -57,8 +57,8 @@ def text_table(results: Results) -> str:
 
 
 def summary_line(machine: dict) -> str:
-    line = (f"{machine['server_version']} on {_count(machine['cpus'], 'CPU')} ({machine['cpu_model']}), "
-            f"{_count(machine['rounds'], 'round')} of {machine['seconds']:g} s")
+    line = (f"{machine['server_version']} on {count(machine['cpus'], 'CPU')} ({machine['cpu_model']}), "
+            f"{count(machine['rounds'], 'round')} of {machine['seconds']:g} s")
     if machine.get("sched_state_source"):
         line += f"; sched_state source: {machine['sched_state_source']}"
         if machine.get("sched_state_reason"):
@@ -70,7 +70,7 @@ def summary_line(machine: dict) -> str:
     return line
 
 
-def _count(n: int, thing: str) -> str:
+def count(n: int, thing: str) -> str:
     return f"{n} {thing}" + ("" if n == 1 else "s")
 
 
@@ -98,16 +98,29 @@ def _efficiencies(results: Results, workload: str, clients: int) -> str:
 
 # ---- plots ----
 
-def _plot(results: Results, figure: str, label: str) -> str:
-    """One panel a workload, one group of bars a client count, one bar a mode; whiskers from the lowest to
-    the highest round.
-    """
+def pyplot():
     import matplotlib
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
     plt.rcParams["svg.fonttype"] = "none"
     plt.rcParams["font.size"] = 8
+    return plt
 
+
+def svg_of(figure) -> str:
+    """To be put into a page. The figure is gone then."""
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    pyplot().close(figure)
+    svg = out.getvalue()
+    return svg[svg.index("<svg"):]
+
+
+def _plot(results: Results, figure: str, label: str) -> str:
+    """One panel a workload, one group of bars a client count, one bar a mode; whiskers from the lowest to
+    the highest round.
+    """
+    plt = pyplot()
     names = list(dict.fromkeys(workload for workload, _ in results.cells()))
     modes = [mode for mode in results.modes() if mode != REFERENCE]
     columns = min(4, len(names))
@@ -141,11 +154,7 @@ def _plot(results: Results, figure: str, label: str) -> str:
     handles.append(plt.Line2D([0], [0], color=COLORS[REFERENCE], linestyle="--"))
     fig.tight_layout(rect=(0, 0, 1, 1 - 0.35 / (2.3 * lines)))
     fig.legend(handles, modes + [REFERENCE + " = 1"], loc="upper center", ncol=len(handles), frameon=False)
-    out = io.StringIO()
-    fig.savefig(out, format="svg", metadata={"Date": None})
-    plt.close(fig)
-    svg = out.getvalue()
-    return svg[svg.index("<svg"):]
+    return svg_of(fig)
 
 
 # ---- HTML ----
@@ -174,9 +183,13 @@ def write(directory: str, results: Results, command: str) -> str:
     return path
 
 
+def page_head(title: str) -> str:
+    return (f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{html.escape(title)}</title>"
+            f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1>")
+
+
 def _page(results: Results, command: str) -> str:
-    parts = ["<!doctype html><html lang='en'><head><meta charset='utf-8'><title>adaptive_lwlock: comparison</title>",
-             f"<style>{STYLE}</style></head><body><h1>LWLock waiting: compared with a stock server</h1>", _summary(results)]
+    parts = [page_head("LWLock waiting: compared with a stock server"), _summary(results)]
     compared = [mode for mode in results.modes() if mode != REFERENCE]
     if results.ratios():
         parts += ["<h2>Throughput, ratio to stock (higher is better)</h2><div class='scroll'>",
@@ -252,9 +265,13 @@ def _rates(results: Results) -> str:
 
 
 def _facts(results: Results, command: str) -> str:
-    facts = [("command", command)] + [(name.replace("_", " "), str(value)) for name, value in results.machine.items()
-                                      if value not in (None, "")]
-    facts += [(f"mode {mode}", MODES[mode]) for mode in results.modes()]
-    facts += [(f"workload {name}", ALL[name].about) for name in dict.fromkeys(w for w, _ in results.cells())]
+    return facts_table(
+        command, results.machine, [(f"mode {mode}", MODES[mode]) for mode in results.modes()] +
+        [(f"workload {name}", ALL[name].about) for name in dict.fromkeys(w for w, _ in results.cells())])
+
+
+def facts_table(command: str, machine: dict, more: List[Tuple[str, str]]) -> str:
+    facts = [("command", command)] + [(name.replace("_", " "), str(value)) for name, value in machine.items()
+                                      if value not in (None, "")] + more
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>" for k, v in facts)
     return f"<table class='facts'>{rows}</table>"
