@@ -60,7 +60,9 @@ $(UNIT_TESTS): $(B)/unit/%: regress/unit/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lgtest -lgtest_main -lpthread $(LDLIBS) -o $@
 
-$(B)/unit/interleavings_test $(B)/unit/mutex_interleavings_test: LDLIBS += -lboost_context
+$(B)/unit/interleavings_test $(B)/unit/mutex_interleavings_test $(B)/unit/preload_interleavings_test: LDLIBS += -lboost_context
+
+$(B)/unit/preload_test: | $(B)/libadaptive_pthread.so
 
 $(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)

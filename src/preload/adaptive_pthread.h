@@ -12,7 +12,8 @@
  * initialised and whenever: a mutex is recognised by its kind at every call. std::mutex and std::timed_mutex are such.
  * What is handed to the C library, call by call: every other kind (recursive, error-checking, robust, process-shared,
  * priority inheritance and protection, elided), the waiting of _timedlock() and _clocklock() once the spin has not
- * succeeded, and everything of a thread before the program's first thread is started. What is not touched at all:
+ * succeeded, and everything before the program's first thread is
+ * started or the library's own constructor has run. What is not touched at all:
  * condition variables, read-write locks, C11's mtx_lock() and the C library's own locks.
  *
  * How this can be right: adaptive::Mutex keeps the owner's slot, the waiters and the spinner in a word of its own. A

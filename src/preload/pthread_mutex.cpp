@@ -217,7 +217,10 @@ bool may_be_active() noexcept {
     return may;
 }
 
+constinit bool loaded = false;  // before that there is no environment to read
+
 [[gnu::cold, gnu::noinline]] Mode decide() noexcept {
+    if (!loaded) return Mode::undecided;
     Mode seen = Mode::undecided;
     if (!wiped.mode.compare_exchange_strong(seen, Mode::deciding, std::memory_order_acquire)) return seen;
     const int errno_before = errno;
@@ -411,6 +414,7 @@ void fill(adaptive_pthread_status& status) noexcept {
 }
 
 [[gnu::constructor]] void at_load() noexcept {
+    loaded = true;
     (void)is_active();
     if (options.help) say("%s", kHelp);
 }
