@@ -1,5 +1,5 @@
 # The library, the schedmirror command, their unit tests and the micro-benchmark, all built into build/.
-# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|unit|examples|switch_cost|costs|micro]
+# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|preload|unit|examples|switch_cost|costs|micro]
 #
 # Needs: g++; for the kernel side clang, bpftool, libbpf-dev, libboost-program-options-dev; for the tests libgtest-dev and
 # libboost-dev.
@@ -13,12 +13,14 @@ BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
 
 LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp src/notify/*.cpp src/sched_state/*.cpp src/lock/*.cpp)
 LIB_OBJECTS := $(LIB_SOURCES:%.cpp=$(B)/%.o)
+PRELOAD_OBJECTS := $(patsubst %.cpp,$(B)/preload/%.o,$(wildcard src/preload/*.cpp) $(LIB_SOURCES))
 EXAMPLES := $(patsubst examples/%.cpp,$(B)/examples/%,$(wildcard examples/*.cpp))
 UNIT_TESTS := $(patsubst regress/unit/%.cpp,$(B)/unit/%,$(wildcard regress/unit/*_test.cpp))
 
-.PHONY: adaptive lib schedmirror unit switch_cost examples
-adaptive: lib schedmirror unit switch_cost examples
+.PHONY: adaptive lib schedmirror preload unit switch_cost examples
+adaptive: lib schedmirror preload unit switch_cost examples
 lib: $(B)/libadaptive.a
+preload: $(B)/libadaptive_pthread.so
 schedmirror: $(B)/schedmirror
 unit: $(UNIT_TESTS)
 switch_cost: $(B)/switch_cost
@@ -32,6 +34,15 @@ $(LIB_OBJECTS): $(B)/src/%.o: src/%.cpp
 $(B)/libadaptive.a: $(LIB_OBJECTS)
 	rm -f $@
 	$(AR) rcs $@ $^
+
+# The whole library once more. Its thread-local data must be there from a thread's start: what is made at the first use
+# is allocated, and an allocator may lock. Bound at once, for calls that come before the first constructor.
+$(PRELOAD_OBJECTS): $(B)/preload/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -fPIC -fno-exceptions -fno-rtti -fvisibility=hidden -ftls-model=initial-exec -c $< -o $@
+
+$(B)/libadaptive_pthread.so: $(PRELOAD_OBJECTS)
+	$(ADAPTIVE_CXX) -shared -static-libstdc++ -static-libgcc -Wl,-z,defs,-z,now,-z,nodelete,--gc-sections $^ -o $@
 
 # clang's BPF target does not know the multiarch directory that <linux/types.h> needs for <asm/types.h>.
 $(B)/schedmirror.bpf.o: src/schedmirror/schedmirror.bpf.c src/mirror/sched_slot.h
@@ -49,7 +60,9 @@ $(UNIT_TESTS): $(B)/unit/%: regress/unit/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lgtest -lgtest_main -lpthread $(LDLIBS) -o $@
 
-$(B)/unit/interleavings_test $(B)/unit/mutex_interleavings_test: LDLIBS += -lboost_context
+$(B)/unit/interleavings_test $(B)/unit/mutex_interleavings_test $(B)/unit/preload_interleavings_test: LDLIBS += -lboost_context
+
+$(B)/unit/preload_test: | $(B)/libadaptive_pthread.so
 
 # Each a program of one file.
 $(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
@@ -57,9 +70,9 @@ $(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lpthread -lrt -o $@
 
 # The library's tests, and all they are made of, under sanitizers: build/asan/unit/…, build/tsan/unit/…. Left out is what they
-# do not follow: fibers, code that rewrites itself, and in the latter what processes or the kernel do. They use the
+# do not follow: fibers, code that rewrites itself, mutexes in the place of theirs, and in the latter what processes or the kernel do. They use the
 # schedmirror command and the examples of the usual build.
-ASAN_TESTS := $(filter-out %interleavings_test %schedmirror_test %mirror_test,$(notdir $(UNIT_TESTS)))
+ASAN_TESTS := $(filter-out %interleavings_test %schedmirror_test %mirror_test preload_test,$(notdir $(UNIT_TESTS)))
 TSAN_TESTS := $(filter adaptive_lock_test mutex_test shared_mutex_test condition_variable_test futex_spin_wait_test this_task_test percpu_test,$(ASAN_TESTS))
 .PHONY: sanitize
 sanitize: schedmirror examples
@@ -118,5 +131,5 @@ $(B)/bench/contenders.o: bench/locks/contenders.cpp
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench -c $< -o $@
 
--include $(LIB_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/accuracy.d $(B)/lock_torture.d $(B)/micro.d $(B)/uncontended.d \
+-include $(LIB_OBJECTS:.o=.d) $(PRELOAD_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/accuracy.d $(B)/lock_torture.d $(B)/micro.d $(B)/uncontended.d \
 	$(B)/bench/contenders.d $(COSTS:=.d) $(wildcard $(B)/schedmirror*.d)

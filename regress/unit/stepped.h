@@ -25,6 +25,10 @@ class Stepped {
         explorer->step("store");
         word_ = value;
     }
+    T exchange(T value, std::memory_order = {}) {
+        explorer->step("exchange");
+        return std::exchange(word_, value);
+    }
     T fetch_or(T bits) {
         explorer->step("fetch_or");
         return std::exchange(word_, word_ | bits);
