@@ -44,15 +44,18 @@ template <class Work>
 void wait_for_owner(const char* what_it_does, Work work) {
     FutexSpinWord futex;
     std::atomic_ref<uint32_t> owner(futex.owner);
+    std::atomic<uint32_t> started{0};
     std::thread owning([&] {
         this_task().note_running();  // from here on the mirror knows this thread
-        owner = this_task().tid();
+        const uint32_t me = this_task().tid();
+        owner = me;
+        started = me;
         work();
         owner = 0;
         futex_spin_wake(futex, 1, Sharing::process_private);
     });
     uint32_t tid;
-    while ((tid = owner) == 0) CycleClock::pause();
+    while ((tid = started) == 0) CycleClock::pause();
     const FutexSpinEnd end =
         futex_spin_wait(futex, tid, Sharing::process_private, Deadline::in(std::chrono::milliseconds(30)));
     printf("the owner %s: the waiter %s\n", what_it_does, name_of(end));

@@ -73,7 +73,7 @@ $(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
 # do not follow: fibers, code that rewrites itself, mutexes in the place of theirs, and in the latter what processes or the kernel do. They use the
 # schedmirror command and the examples of the usual build.
 ASAN_TESTS := $(filter-out %interleavings_test %schedmirror_test %mirror_test preload_test,$(notdir $(UNIT_TESTS)))
-TSAN_TESTS := $(filter adaptive_lock_test mutex_test shared_mutex_test condition_variable_test futex_spin_wait_test this_task_test percpu_test,$(ASAN_TESTS))
+TSAN_TESTS := $(filter adaptive_lock_test mutex_test shared_mutex_test condition_variable_test futex_spin_wait_test this_task_test,$(ASAN_TESTS))
 .PHONY: sanitize
 sanitize: schedmirror examples
 	@mkdir -p $(B)/asan $(B)/tsan

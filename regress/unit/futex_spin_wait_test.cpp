@@ -63,6 +63,21 @@ TEST_P(FutexSpinWaitTest, ThereIsNoSuchTask) {
     EXPECT_EQ(futex_spin_wait(futex, FUTEX_TID_MASK, kPrivate), FutexSpinEnd::no_such_task);
 }
 
+TEST_P(FutexSpinWaitTest, AnOwnerThatDiesWithoutWakingEndsTheWait) {
+    FutexSpinWord futex;
+    std::atomic_ref<uint32_t> owner(futex.owner);
+    std::thread owning([&] {
+        this_task().note_running();
+        owner = this_task().tid();
+        usleep(20'000);  // the waiter is asleep by now
+    });
+    uint32_t tid;
+    while ((tid = owner) == 0) usleep(100);
+    EXPECT_EQ(futex_spin_wait(futex, tid, Sharing::process_private, Deadline::in(5s)),
+              FutexSpinEnd::no_such_task);
+    owning.join();
+}
+
 TEST_P(FutexSpinWaitTest, WokenAsleepByAnOwnerThatSlept) {
     Owner owner([](FutexSpinWord& futex) {
         usleep(100'000);

@@ -15,8 +15,8 @@
  *
  * Which task the owner is. It has to be in the mirror: whoever makes itself the owner says
  * this_task().note_running(). Its id is looked up once, at the beginning. A task that has died and another one
- * with its id are told apart by the mirror, whose registrations die with the task; before it sleeps, the waiter
- * asks the kernel whether there is such a task.
+ * with its id are told apart by the mirror, whose registrations die with the task; before it sleeps and then
+ * every 50 ms, the waiter asks the kernel whether there is such a task: an owner that dies wakes nobody.
  *
  * Thread and process safety: yes, with Sharing::process_shared across processes of one pid namespace.
  * Errors: none; the outcome says what happened. Source: "[RFC PATCH 0/1] Add FUTEX_SPIN operation", 2024.
@@ -43,6 +43,8 @@ enum class FutexSpinEnd : uint8_t {
     value_differs,  ///< the owner was another than expected, from the beginning
     no_such_task,
 };
+
+inline constexpr int64_t kOwnerCheckNs = 50'000'000;
 
 /// Waits for futex_spin_wake() while the owner is the task with id `expected`.
 inline FutexSpinEnd futex_spin_wait(FutexSpinWord& futex, uint32_t expected, Sharing sharing,
@@ -72,9 +74,12 @@ inline FutexSpinEnd futex_spin_wait(FutexSpinWord& futex, uint32_t expected, Sha
     if (end == SpinEnd::acquired) return FutexSpinEnd::woken_spinning;
 
     if (deadline.passed()) return FutexSpinEnd::timed_out;
-    if (!task_exists(tid)) return FutexSpinEnd::no_such_task;
     for (;;) {
-        const FutexWait wait = futex_wait(&futex.wakes, wakes_before, sharing, deadline);
+        if (!task_exists(tid)) return FutexSpinEnd::no_such_task;
+        const bool in_slices = deadline.left() > kOwnerCheckNs;
+        const FutexWait wait =
+            futex_wait(&futex.wakes, wakes_before, sharing,
+                       in_slices ? Deadline::in(std::chrono::nanoseconds(kOwnerCheckNs)) : deadline);
         task.note_slept();
         switch (wait) {
             case FutexWait::woken:
@@ -82,7 +87,8 @@ inline FutexSpinEnd futex_spin_wait(FutexSpinWord& futex, uint32_t expected, Sha
             case FutexWait::changed:
                 return FutexSpinEnd::woken_spinning;
             case FutexWait::timed_out:
-                return FutexSpinEnd::timed_out;
+                if (!in_slices) return FutexSpinEnd::timed_out;
+                break;
             case FutexWait::interrupted:
                 break;
         }
