@@ -38,9 +38,8 @@ Shared* shared = nullptr;
 Source wanted = Source::off;  // what the postmaster chose at start
 char not_bpf_reason[sizeof(Error::text)];
 constexpr char kStaleReason[] =
-    "the mirror is stale, the kernel records no switches in it: run `schedmirror unload` and `schedmirror "
-    "load` "
-    "as root";
+    "the mirror is stale, the kernel records no switches in it: "
+    "run `schedmirror unload` and `schedmirror load` as root";
 Error no_slot = {};     // why this process has none; empty: said already, or it has one
 uint64_t next_try = 0;  // CycleClock
 

@@ -201,34 +201,19 @@ class Interleavings : public ::testing::TestWithParam<Scenario> {};
 
 TEST_P(Interleavings, AreAllRight) {
     const Scenario& scenario = GetParam();
-    CycleClock::calibrate();
-    const char* more = getenv("INTERLEAVINGS_PREEMPTIONS");
-    Explorer the_explorer(scenario.preemptions + (more ? atoi(more) : 0));
-    explorer = &the_explorer;
-
-    std::unique_ptr<Stage> current;
-    const Explorer::Outcome outcome = the_explorer.explore(
-        [&] {
-            current = std::make_unique<Stage>();
-            stage = current.get();
-            return scenario.tasks;
-        },
-        [&]() -> std::string {
-            constexpr auto kBits = SteppedHost::kBits;
-            if (stage->lock.state != (kBits.release_ok | (scenario.keeps_the_lock ? kBits.exclusive : 0)))
-                return "the state word is not clean";
-            if (!stage->lock.waiters.empty()) return "the wait list is not empty";
-            for (int i = 0; i < 3; i++) {
-                if (stage->players[i].semaphore != (i == 0 ? scenario.posts : 0))
-                    return "a semaphore is out of balance";
-                if (stage->players[i].seat.wait_state != 0) return "a task seems to wait";
-                if (stage->players[i].lock_task.spinning_for) return "a task seems to spin";
-            }
-            return {};
-        });
-    EXPECT_EQ(outcome.failure, "");
-    EXPECT_GT(outcome.executions, 100u);
-    printf("    %lu executions, %lu steps\n", outcome.executions, outcome.steps);
+    expect_right_in_every_interleaving(stage, scenario.tasks, scenario.preemptions, [&]() -> std::string {
+        constexpr auto kBits = SteppedHost::kBits;
+        if (stage->lock.state != (kBits.release_ok | (scenario.keeps_the_lock ? kBits.exclusive : 0)))
+            return "the state word is not clean";
+        if (!stage->lock.waiters.empty()) return "the wait list is not empty";
+        for (int i = 0; i < 3; i++) {
+            if (stage->players[i].semaphore != (i == 0 ? scenario.posts : 0))
+                return "a semaphore is out of balance";
+            if (stage->players[i].seat.wait_state != 0) return "a task seems to wait";
+            if (stage->players[i].lock_task.spinning_for) return "a task seems to spin";
+        }
+        return {};
+    });
 }
 
 const Scenario kScenarios[] = {

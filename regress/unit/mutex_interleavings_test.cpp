@@ -249,30 +249,15 @@ class MutexInterleavings : public ::testing::TestWithParam<Scenario> {};
 
 TEST_P(MutexInterleavings, AreAllRight) {
     const Scenario& scenario = GetParam();
-    CycleClock::calibrate();
-    const char* more = getenv("INTERLEAVINGS_PREEMPTIONS");
-    Explorer the_explorer(scenario.preemptions + (more ? atoi(more) : 0));
-    explorer = &the_explorer;
-
-    std::unique_ptr<Stage> current;
-    const Explorer::Outcome outcome = the_explorer.explore(
-        [&] {
-            current = std::make_unique<Stage>();
-            stage = current.get();
-            return scenario.tasks;
-        },
-        [&]() -> std::string {
-            if (stage->turns == 0) return "nobody has held the lock";
-            // `waiters` may be left over: the next release clears it. So may what a killed task put there.
-            const uint64_t expected = stage->was_killed ? ~mutex_word::kTid : mutex_word::kWaiters;
-            if ((stage->lock.writers & ~expected) != 0) return "the mutex is not clean";
-            constexpr uint64_t kPhase = 1ULL << 63;
-            if ((stage->lock.state & ~kPhase) != 0) return "the state is not clean";
-            return {};
-        });
-    EXPECT_EQ(outcome.failure, "");
-    EXPECT_GT(outcome.executions, 100u);
-    printf("    %lu executions, %lu steps\n", outcome.executions, outcome.steps);
+    expect_right_in_every_interleaving(stage, scenario.tasks, scenario.preemptions, [&]() -> std::string {
+        if (stage->turns == 0) return "nobody has held the lock";
+        // `waiters` may be left over: the next release clears it. So may what a killed task put there.
+        const uint64_t expected = stage->was_killed ? ~mutex_word::kTid : mutex_word::kWaiters;
+        if ((stage->lock.writers & ~expected) != 0) return "the mutex is not clean";
+        constexpr uint64_t kPhase = 1ULL << 63;
+        if ((stage->lock.state & ~kPhase) != 0) return "the state is not clean";
+        return {};
+    });
 }
 
 const Scenario kScenarios[] = {

@@ -1,13 +1,21 @@
 #pragma once
 /*
- * An atomic each of whose operations is a step of the Explorer: what code under test is given in the place of
- * std::atomic_ref, to be run in every interleaving (interleavings.h).
+ * What the tests that run code in every interleaving (interleavings.h) share: an atomic each of whose operations
+ * is a step of the Explorer, given to the code under test in the place of std::atomic_ref; and the exploration of
+ * one scenario.
  */
 
+#include <gtest/gtest.h>
+
 #include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "interleavings.h"
+#include "spin/cycle_clock.h"
 
 namespace adaptive::test {
 
@@ -61,5 +69,28 @@ class Stepped {
   private:
     T& word_;
 };
+
+/// Runs the tasks in every interleaving of up to so many preemptions, and INTERLEAVINGS_PREEMPTIONS more, each
+/// execution on a new Stage. `problem()` says what is wrong with the stage after one; empty: nothing.
+template <class Stage, class Problem>
+void expect_right_in_every_interleaving(Stage*& stage, const std::vector<Explorer::Task>& tasks,
+                                        int preemptions, Problem&& problem) {
+    CycleClock::calibrate();
+    const char* more = getenv("INTERLEAVINGS_PREEMPTIONS");
+    Explorer the_explorer(preemptions + (more ? atoi(more) : 0));
+    explorer = &the_explorer;
+
+    std::unique_ptr<Stage> current;
+    const Explorer::Outcome outcome = the_explorer.explore(
+        [&] {
+            current = std::make_unique<Stage>();
+            stage = current.get();
+            return tasks;
+        },
+        [&]() -> std::string { return problem(); });
+    EXPECT_EQ(outcome.failure, "");
+    EXPECT_GT(outcome.executions, 100u);
+    printf("    %lu executions, %lu steps\n", outcome.executions, outcome.steps);
+}
 
 }  // namespace adaptive::test

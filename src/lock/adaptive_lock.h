@@ -59,7 +59,6 @@
 
 #include <atomic>
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 
 #include "spin/spin_on_owner.h"

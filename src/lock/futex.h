@@ -98,6 +98,16 @@ inline FutexWait futex_wait(const void* word, uint32_t expected, Sharing sharing
     }
 }
 
+/// As futex_wait(), but not for longer than `longest_ns` before the caller looks again: interrupted, then.
+inline FutexWait futex_wait_in_slices(const void* word, uint32_t expected, Sharing sharing,
+                                      const Deadline& deadline, int64_t longest_ns,
+                                      uint32_t kinds = FUTEX_BITSET_MATCH_ANY) {
+    if (deadline.left() <= longest_ns) return futex_wait(word, expected, sharing, deadline, kinds);
+    const Deadline slice = Deadline::in(std::chrono::nanoseconds(longest_ns));
+    const FutexWait end = futex_wait(word, expected, sharing, slice, kinds);
+    return end == FutexWait::timed_out ? FutexWait::interrupted : end;
+}
+
 /// Wakes up to `count` sleepers. The address is not read: the word may be gone already.
 inline int futex_wake(const void* word, int count, Sharing sharing, uint32_t kinds = FUTEX_BITSET_MATCH_ANY) {
     const int op = FUTEX_WAKE_BITSET | (sharing == Sharing::process_private ? FUTEX_PRIVATE_FLAG : 0);

@@ -76,10 +76,8 @@ inline FutexSpinEnd futex_spin_wait(FutexSpinWord& futex, uint32_t expected, Sha
     if (deadline.passed()) return FutexSpinEnd::timed_out;
     for (;;) {
         if (!task_exists(tid)) return FutexSpinEnd::no_such_task;
-        const bool in_slices = deadline.left() > kOwnerCheckNs;
         const FutexWait wait =
-            futex_wait(&futex.wakes, wakes_before, sharing,
-                       in_slices ? Deadline::in(std::chrono::nanoseconds(kOwnerCheckNs)) : deadline);
+            futex_wait_in_slices(&futex.wakes, wakes_before, sharing, deadline, kOwnerCheckNs);
         task.note_slept();
         switch (wait) {
             case FutexWait::woken:
@@ -87,8 +85,7 @@ inline FutexSpinEnd futex_spin_wait(FutexSpinWord& futex, uint32_t expected, Sha
             case FutexWait::changed:
                 return FutexSpinEnd::woken_spinning;
             case FutexWait::timed_out:
-                if (!in_slices) return FutexSpinEnd::timed_out;
-                break;
+                return FutexSpinEnd::timed_out;
             case FutexWait::interrupted:
                 break;
         }

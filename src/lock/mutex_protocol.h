@@ -307,9 +307,18 @@ class MutexProtocol {
     }
 };
 
+/// What every Host of this thread says of its patience.
+struct ThisTaskHost {
+    static bool starves(uint64_t since) {
+        return CycleClock::now() - since > SpinPace::from_nanoseconds(kStarvingNs);
+    }
+    static uint64_t& sparing_since() { return this_task().sparing_since; }
+    static uint64_t spare_for_ticks() { return SpinPace::from_nanoseconds(1'000'000); }
+};
+
 /// The Host that programs use: this thread, this process's mirror, futex(2).
 template <Sharing sharing>
-struct FutexHost {
+struct FutexHost : ThisTaskHost {
     using Lock = uint64_t;
     using Deadline = adaptive::Deadline;
 
@@ -322,18 +331,17 @@ struct FutexHost {
 
     template <class Word>
     static FutexWait sleep(Word& word, uint32_t expected, const Deadline& deadline, Sleeper kind) {
-        const bool in_slices = sharing == Sharing::process_shared && deadline.left() > kBackstopNs;
-        const Deadline until = in_slices ? Deadline::in(std::chrono::nanoseconds(kBackstopNs)) : deadline;
-        const FutexWait end = futex_wait(&word, expected, sharing, until, static_cast<uint32_t>(kind));
+        const auto kinds = static_cast<uint32_t>(kind);
+        const FutexWait end =
+            sharing == Sharing::process_shared
+                ? futex_wait_in_slices(&word, expected, sharing, deadline, kBackstopNs, kinds)
+                : futex_wait(&word, expected, sharing, deadline, kinds);
         this_task().note_slept();
-        return in_slices && end == FutexWait::timed_out ? FutexWait::interrupted : end;
+        return end;
     }
     template <class Word>
     static void wake(Word& word, int count, Sleeper kind) {
         futex_wake(&word, count, sharing, static_cast<uint32_t>(kind));
-    }
-    static bool starves(uint64_t since) {
-        return CycleClock::now() - since > SpinPace::from_nanoseconds(kStarvingNs);
     }
 
     static bool passed(const Deadline& deadline) { return deadline.passed(); }
@@ -341,8 +349,6 @@ struct FutexHost {
     static SpinPace pace(uint64_t& lock) { return this_task().pace.pace(&lock); }
     static SpinPace quick_pace() { return SpinPace::quick(); }
     static void handed_over(uint64_t& lock) { this_task().pace.handed_over(&lock); }
-    static uint64_t& sparing_since() { return this_task().sparing_since; }
-    static uint64_t spare_for_ticks() { return SpinPace::from_nanoseconds(1'000'000); }
 };
 
 }  // namespace adaptive

@@ -312,7 +312,7 @@ constinit Counters counters = {};
     }
 }
 
-struct PthreadHost {
+struct PthreadHost : ThisTaskHost {
     using Lock = pthread_mutex_t;
 
     static std::atomic_ref<int> word(Lock& lock) { return std::atomic_ref<int>(lock.__data.__lock); }
@@ -340,13 +340,8 @@ struct PthreadHost {
         return end;
     }
     static void wake(const Lock* lock) { futex_wake(&lock->__data.__lock, 1, kPrivate); }
-    static bool starves(uint64_t since) {
-        return CycleClock::now() - since > SpinPace::from_nanoseconds(kStarvingNs);
-    }
     static SpinPace pace(Lock& lock) { return this_task().pace.pace(&lock); }
     static void handed_over(Lock& lock) { this_task().pace.handed_over(&lock); }
-    static uint64_t& sparing_since() { return this_task().sparing_since; }
-    static uint64_t spare_for_ticks() { return SpinPace::from_nanoseconds(1'000'000); }
     static void count(LockEvent event) {
         if (counting) [[unlikely]]
             count_event(event);
