@@ -74,7 +74,7 @@ inline FutexSpinEnd futex_spin_wait(FutexSpinWord& futex, uint32_t expected, Sha
     if (end == SpinEnd::acquired) return FutexSpinEnd::woken_spinning;
 
     if (deadline.passed()) return FutexSpinEnd::timed_out;
-    for (;;) {
+    for (bool slept = false;; slept = true) {
         if (!task_exists(tid)) return FutexSpinEnd::no_such_task;
         const FutexWait wait =
             futex_wait_in_slices(&futex.wakes, wakes_before, sharing, deadline, kOwnerCheckNs);
@@ -83,7 +83,7 @@ inline FutexSpinEnd futex_spin_wait(FutexSpinWord& futex, uint32_t expected, Sha
             case FutexWait::woken:
                 return FutexSpinEnd::woken_asleep;
             case FutexWait::changed:
-                return FutexSpinEnd::woken_spinning;
+                return slept ? FutexSpinEnd::woken_asleep : FutexSpinEnd::woken_spinning;
             case FutexWait::timed_out:
                 return FutexSpinEnd::timed_out;
             case FutexWait::interrupted:
