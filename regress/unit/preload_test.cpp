@@ -397,6 +397,32 @@ TEST_P(PreloadKinds, ChildrenOfAForkCanGoOn) {
     for (std::thread& t : others) t.join();
 }
 
+// What the parent's thread was must not be taken for what its child is: a waiter in the child finds the holder by its own
+// id, sees it asleep, and does not spin. No fork handler runs for _Fork(): the kernel has to wipe what was known.
+TEST_F(Preload, AChildOfAnyForkEntersTheMirrorAnew) {
+    const bool tells_sleepers = strcmp(how(), "bpf") == 0;
+    TestMutex m(kKinds[0]);
+    std::thread([&] { pthread_mutex_lock(&m.mutex), pthread_mutex_unlock(&m.mutex); }).join();
+    pthread_mutex_lock(&m.mutex);  // has entered
+    pthread_mutex_unlock(&m.mutex);
+    for (const bool with_handlers : {true, false}) {
+        const pid_t pid = with_handlers ? fork() : _Fork();
+        if (pid == 0) {
+            alarm(10);
+            const uint64_t before = status().owner_off_cpu;
+            pthread_mutex_lock(&m.mutex);
+            std::thread waiter([&] { pthread_mutex_lock(&m.mutex), pthread_mutex_unlock(&m.mutex); });
+            usleep(50'000);
+            pthread_mutex_unlock(&m.mutex);
+            waiter.join();
+            _exit(!tells_sleepers || status().owner_off_cpu > before ? 0 : 1);
+        }
+        int wait_status = -1;
+        waitpid(pid, &wait_status, 0);
+        EXPECT_EQ(wait_status, 0) << (with_handlers ? "fork" : "_Fork");
+    }
+}
+
 TEST_F(Preload, PriorityProtection) {
     // With a ceiling of a real-time priority, which most may not have: EPERM or EINVAL then.
     TestMutex m({.name = "", .protocol = PTHREAD_PRIO_PROTECT});
