@@ -15,6 +15,9 @@
  * Processes that share a lock should use the same mirror: a slot number of another one is a wrong hint, which
  * costs time. A table private to the process is never asked about a process-shared lock.
  *
+ * A mirror that is taken away (`schedmirror unload`) leaves its threads where `off` would: after another
+ * use_mirror() the thread that called it, and those that enter later, use the new one.
+ *
  * fork: the child's thread enters anew at its next lock. (pthread_atfork: a child made by clone() or _Fork()
  * must not use these locks before it has called forget_parent().)
  * Thread safety: everything here, from any thread. Errors: one line in Error. Nothing throws or allocates; a
