@@ -29,6 +29,7 @@ extern "C" {
 PG_MODULE_MAGIC;
 
 PG_FUNCTION_INFO_V1(lock_generator_run);
+PG_FUNCTION_INFO_V1(lock_generator_longest_wait);
 PG_FUNCTION_INFO_V1(lock_generator_calibrate);
 PG_FUNCTION_INFO_V1(lock_generator_line_cost);
 PG_FUNCTION_INFO_V1(lock_generator_stress);
@@ -43,6 +44,7 @@ PGDLLEXPORT void _PG_init(void);
 
 #include "busy_work.h"
 #include "line_cost.h"
+#include "spin/cycle_clock.h"
 #include "torture_server.h"
 
 namespace {
@@ -54,6 +56,8 @@ constexpr uint32_t kNobody = 0;
 struct Shared {
     // What the lock of lock_generator_run() protects.
     alignas(128) volatile uint64_t operations;
+
+    alignas(128) std::atomic<uint64_t> longest_wait;  // ticks
 
     // What the lock of lock_generator_stress() protects: `first` and `second` are equal whenever nobody holds
     // it exclusively.
@@ -224,8 +228,13 @@ Datum lock_generator_run(PG_FUNCTION_ARGS) {
     const uint64_t out_turns = turns_for(out_ns);
     const uint64_t compute_turns = turns_for(compute_us * 1000.0);
 
-    uint64_t chain = operations;
+    // Reading the clock would be a part of short turns.
+    const uint64_t timed_one_in = hold_ns + out_ns < 1000 ? 16 : 1;
+
+    uint64_t chain = operations, longest = 0;
     for (uint64_t i = 0; i < operations; ++i) {
+        const bool timed = i % timed_one_in == 0;
+        const uint64_t asked = timed ? adaptive::CycleClock::now() : 0;
         if (in_percentage(i, shared_pct)) {
             LWLockAcquire(run_lock, LW_SHARED);
             chain += shared->operations;
@@ -234,6 +243,7 @@ Datum lock_generator_run(PG_FUNCTION_ARGS) {
             chain += shared->operations;
             shared->operations = shared->operations + 1;
         }
+        if (timed) longest = std::max(longest, adaptive::CycleClock::now() - asked);
         chain = lock_generator::work(hold_turns, chain);
         if (one_in(i, sleep_every)) sleep_us(sleep_for);
         if (one_in(i, compute_every)) chain = lock_generator::work(compute_turns, chain);
@@ -242,7 +252,18 @@ Datum lock_generator_run(PG_FUNCTION_ARGS) {
         chain = lock_generator::work(out_turns, chain);
         CHECK_FOR_INTERRUPTS();
     }
+    uint64_t seen = shared->longest_wait.load(std::memory_order_relaxed);
+    while (seen < longest && !shared->longest_wait.compare_exchange_weak(seen, longest)) {
+    }
     PG_RETURN_INT64(int64(operations));
+}
+
+Datum lock_generator_longest_wait(PG_FUNCTION_ARGS) {
+    (void)fcinfo;
+    require_preload();
+    adaptive::CycleClock::calibrate();
+    PG_RETURN_FLOAT8(double(shared->longest_wait.exchange(0)) /
+                     double(adaptive::CycleClock::ticks_per_microsecond()) / 1000);
 }
 
 Datum lock_generator_calibrate(PG_FUNCTION_ARGS) {

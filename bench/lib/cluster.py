@@ -105,6 +105,10 @@ class Cluster:
         os.chmod(copy, 0o644)
         return self._psql(["-f", copy])
 
+    def longest_wait(self) -> float:
+        """For the generator's lock, in milliseconds, since this was last asked."""
+        return float(self.sql("SELECT lock_generator_longest_wait()"))
+
     def pids(self) -> List[int]:
         return [self.process.pid]
 

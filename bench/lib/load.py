@@ -31,6 +31,7 @@ class Sample:
     cpu_seconds_per_1000_tx: float
     latency_p99_ms: float
     sleeps_per_1000_tx: float
+    longest_wait_ms: float  # for the generator's lock, of the whole run; 0: another workload
     transactions: int
 
 
@@ -50,6 +51,8 @@ def measure(server, pgbench: str, workload: Workload, clients: int, seconds: flo
         args += ["-D", f"{name}={value}"]
     args += server.address() + ["postgres"]
 
+    if workload.lock:
+        server.longest_wait()  # from now on
     roots = server.pids()
     idle_children = sum(len(processes.children(pid)) for pid in roots)
     with open(os.path.join(log_dir, "pgbench.err"), "w+") as errors:
@@ -89,7 +92,8 @@ def measure(server, pgbench: str, workload: Workload, clients: int, seconds: flo
     cpu = after.cpu_seconds - before.cpu_seconds
     return Sample(tps=count / (after.when - before.when), cpu_seconds_per_1000_tx=1000 * cpu / count,
                   latency_p99_ms=percentile(latencies, 99) / 1000,
-                  sleeps_per_1000_tx=1000 * after.sleeps_since(before) / count, transactions=len(latencies))
+                  sleeps_per_1000_tx=1000 * after.sleeps_since(before) / count,
+                  longest_wait_ms=server.longest_wait() if workload.lock else 0.0, transactions=len(latencies))
 
 
 def read_log(paths: List[str]) -> List[Tuple[float, int]]:

@@ -236,29 +236,31 @@ def _small_ratio(entry: Optional[dict], figure: str) -> str:
 
 def _table(results: Results, compared: List[str]) -> str:
     rows = ["<tr><th>workload</th><th>clients</th>" +
-            "".join(f"<th>{m}: throughput</th><th>CPU</th><th>p99</th><th>sleeps</th>" for m in compared) +
+            "".join(f"<th>{m}: throughput</th><th>CPU</th><th>p99</th><th>sleeps</th><th>longest wait</th>"
+                    for m in compared) +
             "<th>efficiency " + " / ".join(results.modes()) + "</th></tr>"]
     for workload, clients in results.cells():
         cells = f"<td title='{html.escape(ALL[workload].about)}'>{workload}</td><td>{clients}</td>"
         for mode in compared:
             entry = results.ratio(workload, clients, mode)
-            cells += _ratio_cell(entry) + "".join(_small_ratio(entry, f) for f in ("cpu", "latency_p99", "sleeps"))
+            cells += _ratio_cell(entry) + "".join(_small_ratio(entry, figure) for figure in
+                                                  ("cpu", "latency_p99", "sleeps", "longest_wait"))
         rows.append(f"<tr>{cells}<td>{_efficiencies(results, workload, clients)}</td></tr>")
     return (f"<div class='scroll'><table>{''.join(rows)}</table></div>"
             "<p>All figures are ratios to stock: transactions a second, server CPU per transaction, 99th percentile of the "
-            "transaction time, sleeps (voluntary context switches of the server's processes) per transaction. Efficiency, "
-            "for the loads on one lock: throughput divided by the most that this machine could reach with that lock: "
-            "max(T1, min(CPUs × T1, 1 / (hold + h))), T1 the rate of one client alone on the stock server, h the cost of "
-            "moving the lock's cache line between two CPUs.</p>")
+            "transaction time, sleeps (voluntary context switches of the server's processes) per transaction, and for the "
+            "loads on one lock the longest wait in a run. Their efficiency: throughput divided by the most that this machine "
+            "could reach with that lock: max(T1, min(CPUs × T1, 1 / (hold + h))), T1 the rate of one client alone on the "
+            "stock server, h the cost of moving the lock's cache line between two CPUs.</p>")
 
 
 def _rates(results: Results) -> str:
     rows = ["<tr><th>workload</th><th>clients</th><th>mode</th><th>transactions/s</th><th>CPU seconds per 1000</th>"
-            "<th>p99 (ms)</th><th>sleeps per 1000</th></tr>"]
+            "<th>p99 (ms)</th><th>sleeps per 1000</th><th>longest wait (ms)</th></tr>"]
     for workload, clients, mode in results.samples:
         figures = "".join(f"<td>{_median(results, workload, clients, mode, figure, form)}</td>" for figure, form in
                           (("tps", "{:.0f}"), ("cpu_seconds_per_1000_tx", "{:.3f}"), ("latency_p99_ms", "{:.2f}"),
-                           ("sleeps_per_1000_tx", "{:.0f}")))
+                           ("sleeps_per_1000_tx", "{:.0f}"), ("longest_wait_ms", "{:.1f}")))
         rows.append(f"<tr><td>{workload}</td><td>{clients}</td><td>{mode}</td>{figures}</tr>")
     return ("<details><summary>Medians in absolute figures. On a shared machine they say little by themselves.</summary>"
             f"<table>{''.join(rows)}</table></details>")

@@ -58,7 +58,7 @@ class Results:
         entry = {"workload": workload, "clients": clients, "mode": mode, "vs": REFERENCE,
                  "median": statistics.median(tps), "min": min(tps), "max": max(tps), "loses": round(statistics.median(tps), 2) < 1}
         for name, figure in (("cpu", "cpu_seconds_per_1000_tx"), ("latency_p99", "latency_p99_ms"),
-                             ("sleeps", "sleeps_per_1000_tx")):
+                             ("sleeps", "sleeps_per_1000_tx"), ("longest_wait", "longest_wait_ms")):
             values = self._ratios(key, figure)
             if values:
                 entry[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
@@ -95,7 +95,7 @@ class Results:
         cells = []
         for key, samples in self.samples.items():
             cell = {"workload": key[0], "clients": key[1], "mode": key[2]}
-            for figure in ("tps", "cpu_seconds_per_1000_tx", "latency_p99_ms", "sleeps_per_1000_tx"):
+            for figure in ("tps", "cpu_seconds_per_1000_tx", "latency_p99_ms", "sleeps_per_1000_tx", "longest_wait_ms"):
                 cell[figure] = [getattr(sample, figure) for sample in samples]
             efficiency = self.efficiency(key)
             if efficiency:
