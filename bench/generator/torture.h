@@ -12,7 +12,9 @@
  * ------
  * Arena::epoch counts them. In an even one (a burst) every task takes locks, in all ways, until the burst's
  * time is over; in an odd one (an audit) each looks at its own semaphore. The last to be done closes the
- * phase: nobody is inside a lock then, so everything must add up.
+ * phase (or a supervisor does, where tasks die): nobody is inside a lock then, so everything must add up.
+ *
+ * Torturer does what makes sense with any lock, LWLockTorturer what only the server's lock has.
  *
  * Checks
  * ------
@@ -26,12 +28,14 @@
  *
  * Api, the locks under test, as seen by the calling task:
  * - bool acquire(lock, exclusive): true if it was free at once
- * - bool acquire_conditionally(lock, exclusive), acquire_or_wait(lock)
- * - bool wait_for_variable(lock, old, uint64_t* now)
- * - void release(lock, exclusive), update_variable(lock, value), release_clearing_variable(lock)
+ * - bool acquire_conditionally(lock, exclusive)
+ * - void release(lock, exclusive)
+ * - const char* left_behind(lock): what is wrong with a lock that nobody uses; null: nothing
+ * of the server's lock also:
+ * - bool acquire_or_wait(lock), wait_for_variable(lock, old, uint64_t* now)
+ * - void update_variable(lock, value), release_clearing_variable(lock)
  * - uint64_t variable(lock)
  * - bool is_asleep(proc): that task is on a wait list (read first) and past its last attempt (read then)
- * - const char* left_behind(lock): what is wrong with a lock that nobody uses; null: nothing
  * - void post(proc): a wake-up without cause; int take_posts(): takes all that the own semaphore holds
  *
  * Process safety: the Arena is shared by all tasks, each of which owns one Task in it. A task may leave
@@ -248,17 +252,22 @@ struct Burst {
     }
 };
 
+/// What a task does with locks of any kind.
 template <class Api>
 class Torturer {
   public:
-    /// Takes the entry of a task that the caller owns (pid is set last, by this).
-    Torturer(Arena& arena, int index, Api& api, int32_t pid, int32_t proc, uint64_t seed)
-        : arena_(arena), api_(api), me_(arena.tasks[index]), index_(index), random_(seed) {
-        api_.take_posts();
-        me_.posted = 0;
-        me_.proc = proc;
-        me_.done = arena.epoch.load();
+    /// Takes the entry of a task that the caller owns, which others see after enter().
+    Torturer(Arena& arena, int index, Api& api, uint64_t seed)
+        : arena_(arena), api_(api), me_(arena.tasks[index]), index_(index), random_(seed) {}
+
+    /// From now on the others wait for this task at the end of a phase; the present one it leaves to them.
+    void enter(int32_t pid) {
         me_.pid = pid;
+        uint64_t epoch;
+        do {
+            epoch = arena_.epoch.load();
+            me_.done = epoch;
+        } while (arena_.epoch.load() != epoch);  // else it might have ended without this task
     }
 
     /// Between two steps only. Afterwards nobody posts to this task any more.
@@ -281,6 +290,24 @@ class Torturer {
         if (CycleClock::now() >= arena_.ends_at.load(std::memory_order_relaxed)) me_.done = epoch;
     }
 
+    static bool all_are_done(const Arena& arena, uint64_t epoch) {
+        for (const Task& t : arena.tasks)
+            if (t.pid.load() != 0 && t.done.load() != epoch) return false;
+        return true;
+    }
+
+    /// Ends a phase that all are done with: by one task, or by a supervisor.
+    static void close_phase(Arena& arena, Api& api, uint64_t epoch) {
+        if (epoch % 2 == 0) {
+            check_quiet(arena, api);
+        } else {
+            const uint64_t length =
+                Burst(arena.seed, epoch + 1).microseconds * CycleClock::ticks_per_microsecond();
+            arena.ends_at = CycleClock::now() + length;
+        }
+        arena.epoch = epoch + 1;
+    }
+
     /// Everything that must hold while no task is in a lock.
     static void check_quiet(Arena& arena, Api& api) {
         for (int lock = 0; lock < kLocks; lock++) {
@@ -293,33 +320,13 @@ class Torturer {
         }
     }
 
-  private:
-    // ---- phases ----
-
-    void await_others(uint64_t epoch) {
-        for (Task& t : arena_.tasks)
-            if (t.pid.load() != 0 && t.done.load() != epoch) return nap_for(200'000);
-        uint64_t before = epoch - 1;
-        if (!arena_.closed.compare_exchange_strong(before, epoch)) return nap_for(100'000);
-        if (epoch % 2 == 0) {
-            check_quiet(arena_, api_);
-        } else {
-            const uint64_t length =
-                Burst(arena_.seed, epoch + 1).microseconds * CycleClock::ticks_per_microsecond();
-            arena_.ends_at = CycleClock::now() + length;
-        }
-        arena_.epoch = epoch + 1;
-    }
-
-    void audit() {
-        const uint32_t expected = me_.posted.exchange(0);
-        const int found = api_.take_posts();
-        if (found != int(expected))
-            arena_.violate("the semaphore of process %d holds %d wake-ups instead of %u", me_.pid.load(),
-                           found, expected);
-    }
-
-    // ---- one operation ----
+  protected:
+    /// What else is to be looked at while nobody is in a lock.
+    virtual void audit() {}
+    /// Anything but to acquire, hold and release.
+    virtual void special_operation(int lock, const Burst&) = 0;
+    /// By an exclusive holder, now and then. holds: how often the lock has been taken so.
+    virtual void look_around(int, uint64_t) {}
 
     void operation(const Burst& b) {
         const int lock = int(random_.below(b.locks));
@@ -343,50 +350,6 @@ class Torturer {
             nap_for(random_.heavy_headed(21));
     }
 
-    [[gnu::noinline]] void special_operation(int lock, const Burst& b) {
-        switch (random_.below(10)) {
-            case 0:
-            case 1: {
-                const bool exclusive = !random_.per_64k(b.shared);
-                if (!api_.acquire_conditionally(lock, exclusive)) return;
-                inside(lock, exclusive, b);
-                return api_.release(lock, exclusive);
-            }
-            case 2:
-            case 3:
-            case 4: {
-                const uint64_t from = begin(lock, Way::until_free);
-                const bool acquired = api_.acquire_or_wait(lock);
-                end(from, Way::until_free);
-                if (!acquired) return;
-                inside(lock, true, b);
-                return api_.release(lock, true);
-            }
-            case 5:
-            case 6: {
-                const uint64_t old_value = api_.variable(lock);
-                uint64_t now = old_value;
-                me_.old_value = old_value;
-                const uint64_t from = begin(lock, Way::variable);
-                const bool freed = api_.wait_for_variable(lock, old_value, &now);
-                end(from, Way::variable);
-                if (!freed && now == old_value)
-                    arena_.violate("lock %d: the awaited variable has not changed", lock);
-                if (!freed && now != 0 && int(now >> 56) != lock + 1)
-                    arena_.violate("lock %d: a waiter read %lx, which nobody wrote", lock, now);
-                return;
-            }
-            case 7:
-            case 8:
-                acquire(lock, true);
-                inside(lock, true, b);
-                for (uint32_t n = random_.below(4); n > 0; n--) update_variable(lock, b);
-                return api_.release_clearing_variable(lock);
-            default:
-                return post();
-        }
-    }
-
     void acquire(int lock, bool exclusive) {
         const Way way = exclusive ? Way::exclusive : Way::shared;
         const uint64_t from = begin(lock, way);
@@ -394,6 +357,13 @@ class Torturer {
             me_.lock.store(-1, std::memory_order_release);
         else
             end(from, way);
+    }
+
+    void try_once(int lock, const Burst& b) {
+        const bool exclusive = !random_.per_64k(b.shared);
+        if (!api_.acquire_conditionally(lock, exclusive)) return;
+        inside(lock, exclusive, b);
+        api_.release(lock, exclusive);
     }
 
     uint64_t begin(int lock, Way way) {
@@ -452,7 +422,7 @@ class Torturer {
         count(me_.exclusive[lock]);
 
         if (random_.below(64) == 0) [[unlikely]]
-            look_for_forgotten(lock, holds);
+            look_around(lock, holds);
         if (p.writer.load(std::memory_order_relaxed) != self) [[unlikely]]
             arena_.violate("lock %d: another exclusive holder came in", lock);
         p.writer.store(0, std::memory_order_relaxed);
@@ -476,11 +446,104 @@ class Torturer {
         counter.store(counter.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
     }
 
+    static void nap_for(uint32_t ns) {
+        const timespec time = {0, long(ns)};
+        nanosleep(&time, nullptr);
+    }
+
+    Arena& arena_;
+    Api& api_;
+    Task& me_;
+    const int index_;
+    Random random_;
+
+  private:
+    void await_others(uint64_t epoch) {
+        if (!all_are_done(arena_, epoch)) return nap_for(200'000);
+        uint64_t before = epoch - 1;
+        if (!arena_.closed.compare_exchange_strong(before, epoch)) return nap_for(100'000);
+        close_phase(arena_, api_, epoch);
+    }
+
+    uint64_t chain_ = 1, stopped_before_ = 0;
+};
+
+/// And with the server's: bystanders, and wake-ups without cause.
+template <class Api>
+class LWLockTorturer : public Torturer<Api> {
+  public:
+    LWLockTorturer(Arena& arena, int index, Api& api, int32_t pid, int32_t proc, uint64_t seed)
+        : Torturer<Api>(arena, index, api, seed) {
+        api_.take_posts();
+        me_.posted = 0;
+        me_.proc = proc;
+        this->enter(pid);
+    }
+
+  private:
+    using Torturer<Api>::acquire;
+    using Torturer<Api>::api_;
+    using Torturer<Api>::arena_;
+    using Torturer<Api>::begin;
+    using Torturer<Api>::end;
+    using Torturer<Api>::inside;
+    using Torturer<Api>::linger;
+    using Torturer<Api>::me_;
+    using Torturer<Api>::random_;
+
+    void audit() override {
+        const uint32_t expected = me_.posted.exchange(0);
+        const int found = api_.take_posts();
+        if (found != int(expected))
+            arena_.violate("the semaphore of process %d holds %d wake-ups instead of %u", me_.pid.load(),
+                           found, expected);
+    }
+
+    [[gnu::noinline]] void special_operation(int lock, const Burst& b) override {
+        switch (random_.below(10)) {
+            case 0:
+            case 1:
+                return this->try_once(lock, b);
+            case 2:
+            case 3:
+            case 4: {
+                const uint64_t from = begin(lock, Way::until_free);
+                const bool acquired = api_.acquire_or_wait(lock);
+                end(from, Way::until_free);
+                if (!acquired) return;
+                inside(lock, true, b);
+                return api_.release(lock, true);
+            }
+            case 5:
+            case 6: {
+                const uint64_t old_value = api_.variable(lock);
+                uint64_t now = old_value;
+                me_.old_value = old_value;
+                const uint64_t from = begin(lock, Way::variable);
+                const bool freed = api_.wait_for_variable(lock, old_value, &now);
+                end(from, Way::variable);
+                if (!freed && now == old_value)
+                    arena_.violate("lock %d: the awaited variable has not changed", lock);
+                if (!freed && now != 0 && int(now >> 56) != lock + 1)
+                    arena_.violate("lock %d: a waiter read %lx, which nobody wrote", lock, now);
+                return;
+            }
+            case 7:
+            case 8:
+                acquire(lock, true);
+                inside(lock, true, b);
+                for (uint32_t n = random_.below(4); n > 0; n--) update_variable(lock, b);
+                return api_.release_clearing_variable(lock);
+            default:
+                return post();
+        }
+    }
+
     // ---- bystanders ----
 
     /// A bystander is taken off the list by the first release after it fell asleep. Of the releases since
     /// then that have not done so every other task can be in the middle of one at most.
-    void look_for_forgotten(int lock, uint64_t holds) {
+    void look_around(int lock, uint64_t holds) override {
         for (int i = 0; i < kTasks; i++) {
             const uint32_t episode = asleep_on(lock, i, Way::until_free).episode;
             if (episode == 0) continue;
@@ -535,23 +598,13 @@ class Torturer {
         t.posters--;
     }
 
-    static void nap_for(uint32_t ns) {
-        const timespec time = {0, long(ns)};
-        nanosleep(&time, nullptr);
-    }
-
     struct Sighting {
         uint64_t holds;
         uint32_t episode;
         int lock;
     };
 
-    Arena& arena_;
-    Api& api_;
-    Task& me_;
-    const int index_;
-    Random random_;
-    uint64_t chain_ = 1, stopped_before_ = 0, updates_ = 0;
+    uint64_t updates_ = 0;
     Sighting seen_[kTasks] = {};
 };
 

@@ -126,7 +126,7 @@ void log_violation(const char* text) {
     ereport(LOG, (errcode(ERRCODE_DATA_CORRUPTED), errmsg("lock_generator: violation: %s", text)));
 }
 
-using ServerTorturer = Torturer<ServerLocks>;
+using ServerTorturer = LWLockTorturer<ServerLocks>;
 
 void require_preload() {
     if (!shared)

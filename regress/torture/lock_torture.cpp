@@ -260,7 +260,7 @@ class ProcessLocks {
     char text_[80];
 };
 
-using ProcessTorturer = Torturer<ProcessLocks>;
+using ProcessTorturer = LWLockTorturer<ProcessLocks>;
 
 [[noreturn]] void be_tortured(Round& round, int index) {
     prctl(PR_SET_PDEATHSIG, SIGKILL);
