@@ -106,11 +106,13 @@ $(B)/accuracy: bench/accuracy.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
 
-.PHONY: lock_torture
-lock_torture: $(B)/lock_torture
-$(B)/lock_torture: regress/torture/lock_torture.cpp $(B)/libadaptive.a
+# Of the waiting algorithm outside PostgreSQL, and of the library's locks.
+TORTURES := $(B)/lock_torture $(B)/library_torture
+.PHONY: tortures
+tortures: $(TORTURES)
+$(TORTURES): $(B)/%: regress/torture/%.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
-	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) $< $(B)/libadaptive.a -lboost_program_options -lpthread -ldl -o $@
 
 # What bench/questions measures.
 COSTS := $(patsubst bench/costs/%.cpp,$(B)/costs/%,$(wildcard bench/costs/*.cpp))
@@ -131,5 +133,5 @@ $(B)/bench/contenders.o: bench/locks/contenders.cpp
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench -c $< -o $@
 
--include $(LIB_OBJECTS:.o=.d) $(PRELOAD_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/accuracy.d $(B)/lock_torture.d $(B)/micro.d $(B)/uncontended.d \
+-include $(LIB_OBJECTS:.o=.d) $(PRELOAD_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/accuracy.d $(TORTURES:=.d) $(B)/micro.d $(B)/uncontended.d \
 	$(B)/bench/contenders.d $(COSTS:=.d) $(wildcard $(B)/schedmirror*.d)

@@ -75,6 +75,11 @@ class BasicRound {
     /// What the round needs twice a millisecond.
     virtual void tend() {}
 
+    /// Whether this is an end that was meant.
+    virtual bool may_end(const siginfo_t& how) {
+        return finish() && how.si_code == CLD_EXITED && how.si_status == 0;
+    }
+
     bool torment(Tormentor& tormentor, double length) {
         Watchdog dog = watchdog();
         for (const double end = test::seconds() + length; test::seconds() < end && !interrupted;
@@ -123,7 +128,7 @@ class BasicRound {
         for (const auto& child : children_) {
             siginfo_t how = {};
             if (waitid(P_PID, id_t(child->pid), &how, WEXITED | WNOHANG | WNOWAIT) == 0 &&
-                how.si_pid == child->pid && !(finish() && how.si_code == CLD_EXITED && how.si_status == 0))
+                how.si_pid == child->pid && !may_end(how))
                 return child->pid;
         }
         return 0;
