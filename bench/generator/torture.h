@@ -287,7 +287,9 @@ class Torturer {
         }
         const Burst burst(arena_.seed, epoch);
         for (uint32_t i = 0; i < burst.operations; i++) operation(burst);
-        if (CycleClock::now() >= arena_.ends_at.load(std::memory_order_relaxed)) me_.done = epoch;
+        if (CycleClock::now() < arena_.ends_at.load(std::memory_order_relaxed)) return;
+        finish_burst(epoch);
+        me_.done = epoch;
     }
 
     static bool all_are_done(const Arena& arena, uint64_t epoch) {
@@ -325,6 +327,8 @@ class Torturer {
     virtual void audit() {}
     /// Anything but to acquire, hold and release.
     virtual void special_operation(int lock, const Burst&) = 0;
+    /// The last thing in a burst; afterwards this task leaves the locks alone.
+    virtual void finish_burst(uint64_t) {}
     /// By an exclusive holder, now and then. holds: how often the lock has been taken so.
     virtual void look_around(int, uint64_t) {}
 

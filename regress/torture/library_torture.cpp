@@ -22,7 +22,8 @@
  * -------------
  * Those who wait at a lock's condition variable want a gift. Every gift is given once, with a notify_one(), and
  * taken under the lock by anybody who wants one; so a gift that lies about while somebody sleeps is a lost
- * notification. The task that never waits for ever, and whoever is done with a burst, give what is wanted.
+ * notification. Many wait for as long as it takes: one task, which never does, ends a burst as the last one and
+ * gives what is wanted until then. Mortals wait for a time only, as a notification may die with whom it woke.
  *
  * Exit codes: program.h.
  */
@@ -66,6 +67,7 @@ enum class Sort : uint8_t { processes, threads, mortals };
 enum class Kind : uint8_t { mutex, shared, robust, private_mutex, private_shared };
 constexpr const char* kKindNames[] = {"InterprocessMutex", "InterprocessSharedMutex", "RobustMutex", "Mutex",
                                       "SharedMutex"};
+constexpr int kGiver = 0;  // the task that never waits for ever
 constexpr uint32_t kIncarnations = 16;
 constexpr uint32_t kRseqSlots = 2 * kTasks;
 
@@ -115,6 +117,7 @@ struct Round {
 constexpr int kMixedBeliefs = 4;  // every process believes something else
 
 std::string mirror_dir;  // empty: there is none
+bool has_robust;         // an emulator may know no robust list
 
 // ---- the words, from outside ----
 
@@ -437,7 +440,25 @@ class LibraryTorturer : public Torturer<LibraryLocks> {
     LibraryTorturer(Round& round, int index, LibraryLocks& api, uint64_t seed)
         : Torturer(round.arena, index, api, seed), round_(round) {}
 
-    /// Whoever waits for a gift would wait for ever when the others are done.
+    /// As the last one: somebody may wait for ever.
+    void leave_in_order() {
+        give_until([](const Task&) { return false; });
+        leave(me_);
+    }
+
+  private:
+    void finish_burst(uint64_t epoch) override {
+        give_until([&](const Task& t) { return t.done == epoch; });
+    }
+
+    /// The giver goes on until every other task is done, or has left.
+    template <class IsDone>
+    void give_until(IsDone is_done) {
+        if (index_ != kGiver || round_.sort == Sort::mortals) return;
+        for (const Task& t : arena_.tasks)
+            for (; &t != &me_ && t.pid != 0 && !is_done(t); nap_for(200'000)) give_what_is_wanted();
+    }
+
     void give_what_is_wanted() {
         for (int lock = 0; lock < kLocks; lock++) {
             AnyLock& l = round_.locks[lock];
@@ -445,7 +466,6 @@ class LibraryTorturer : public Torturer<LibraryLocks> {
         }
     }
 
-  private:
     [[gnu::noinline]] void special_operation(int lock, const Burst& b) override {
         switch (random_.below(8)) {
             case 0:
@@ -484,7 +504,7 @@ class LibraryTorturer : public Torturer<LibraryLocks> {
 
     void await_gift(int lock, const Burst& b) {
         AnyLock& l = round_.locks[lock];
-        const bool for_ever = index_ != 0 && round_.sort != Sort::mortals && random_.below(2) == 0;
+        const bool for_ever = index_ != kGiver && round_.sort != Sort::mortals && random_.below(2) == 0;
         acquire(lock, true);
         l.wanted++;
         const uint64_t from = begin(lock, Way::variable);
@@ -538,14 +558,9 @@ void be_tortured(Round& round, int index, Beliefs* beliefs) {
     while (!round.finish.load(std::memory_order_relaxed)) {
         if (beliefs != nullptr) beliefs->follow();
         torturer.step();
-        if (me.done == round.arena.epoch) torturer.give_what_is_wanted();
         me.contended.store(contended_before + api.contended(), std::memory_order_relaxed);
     }
-    // The last to leave: somebody may still wait for ever.
-    if (index == 0)
-        for (const Task& t : round.arena.tasks)
-            for (; &t != &me && t.pid != 0; usleep(500)) torturer.give_what_is_wanted();
-    LibraryTorturer::leave(me);
+    torturer.leave_in_order();
     self.round = nullptr;
 }
 
@@ -655,18 +670,18 @@ void show(Round& round) {
               << std::hex << std::showbase;
     for (AnyLock& l : round.locks) {
         const Protected& p = round.arena.data[&l - round.locks];
-        std::cerr << "  lock " << &l - round.locks << ": " << kKindNames[int(l.kind)] << " " << l.incarnation
-                  << ", words " << owner_word(l) << ", " << shared_state(l) << "; inside: writer " << p.writer
-                  << ", readers " << p.readers << "; gifts wanted " << l.wanted << ", there " << l.given
-                  << "\n";
+        std::cerr << "  lock " << &l - round.locks << ": " << kKindNames[int(l.kind)] << ", incarnation "
+                  << l.incarnation << ", words " << owner_word(l) << ", " << shared_state(l)
+                  << "; inside: writer " << p.writer << ", readers " << p.readers << "; gifts wanted "
+                  << l.wanted << ", there " << l.given << "\n";
     }
     std::cerr << std::dec;
     for (int i = 0; i < kTasks; i++) {
         const Task& t = round.arena.tasks[i];
         const pid_t pid = t.pid;
         if (pid == 0) continue;
-        std::cerr << "  task " << i << ": tid " << pid << std::hex << " (" << pid << std::dec << ") "
-                  << scheduling_state(pid) << ", phase done " << t.done;
+        std::cerr << "  task " << i << ": tid " << std::hex << pid << std::dec << " " << scheduling_state(pid)
+                  << ", phase done " << t.done;
         if (t.lock >= 0) std::cerr << ", lock " << int(t.lock);
         const void* on = round.sleepers[i].on;
         for (const AnyLock& l : round.locks)
@@ -754,8 +769,10 @@ class LibraryRound : public BasicRound {
 
     Kind some_kind(Sort sort) {
         if (sort == Sort::mortals) return Kind::robust;
-        if (sort == Sort::processes) return static_cast<Kind>(random_.below(3));
-        return static_cast<Kind>(2 + random_.below(3));
+        for (;;) {
+            const auto kind = static_cast<Kind>((sort == Sort::threads ? 2 : 0) + random_.below(3));
+            if (kind != Kind::robust || has_robust) return kind;
+        }
     }
     std::unique_ptr<Child> process(int i) {
         return std::make_unique<Child>([this, i] { be_a_process(*round_, i, 1); });
@@ -816,11 +833,17 @@ int torture_library(const Options& options) {
     use_mirror({.wanted = Wanted::off}, &error);  // of this process
     LibraryTotals totals;
     Random random(options.seed);
+    RobustMutex robust;
+    has_robust = robust.try_lock() == LockResult::acquired;
+    if (has_robust)
+        robust.unlock();
+    else
+        std::cout << "library_torture: without RobustMutex, which is not supported here\n";
     uint32_t turn = random.below(3);
     const auto round = [&](uint64_t seed, const OwnMirror& mirror) {
         mirror_dir = mirror.dir();
         auto sort = static_cast<Sort>(turn++ % 3);
-        if (sort == Sort::mortals && options.in_order) sort = Sort::processes;
+        if (sort == Sort::mortals && (options.in_order || !has_robust)) sort = Sort::processes;
         return std::make_unique<LibraryRound>(options, sort, seed, mirror, totals);
     };
     return run_rounds("library_torture", options, totals, round, [&](double passed) {
@@ -846,7 +869,10 @@ int torture_library(const Options& options) {
 
 /// In the place of the C library's, for all of this program.
 extern "C" long syscall(long number, ...) noexcept {
-    static const auto call = reinterpret_cast<Syscall>(dlsym(RTLD_NEXT, "syscall"));
+    // Not guarded, as a local static would be: whoever waits for the guard comes here.
+    static std::atomic<Syscall> found;
+    Syscall call = found.load(std::memory_order_relaxed);
+    if (call == nullptr) found = call = reinterpret_cast<Syscall>(dlsym(RTLD_NEXT, "syscall"));
     long a[6];
     va_list args;
     va_start(args, number);
