@@ -110,6 +110,7 @@ struct Round {
 
     alignas(128) std::atomic<int> belief;  // a Wanted, or kMixedBeliefs
     std::atomic<uint32_t> calls_to_delay;  // one call in so many is held up; 0: none
+    std::atomic<bool> only_gives;          // the giver has done its other part
     std::atomic<bool> finish;
 
     alignas(128) char rseq_table[64 * 1024];
@@ -455,8 +456,10 @@ class LibraryTorturer : public Torturer<LibraryLocks> {
     template <class IsDone>
     void give_until(IsDone is_done) {
         if (index_ != kGiver || round_.sort == Sort::mortals) return;
+        round_.only_gives = true;
         for (const Task& t : arena_.tasks)
             for (; &t != &me_ && t.pid != 0 && !is_done(t); nap_for(200'000)) give_what_is_wanted();
+        round_.only_gives = false;
     }
 
     void give_what_is_wanted() {
@@ -655,7 +658,7 @@ Scene scene_of_all(Round& round) {
     scene.state = round.arena.epoch;
     for (int i = 0; i < kTasks; i++) {
         const Task& t = round.arena.tasks[i];
-        if (t.pid == 0 || t.done == scene.state) continue;
+        if (t.pid == 0 || t.done == scene.state || (i == kGiver && round.only_gives)) continue;
         if (round.sleepers[i].on == nullptr) return scene;
         scene.asleep.push_back({i, t.episode});
     }
