@@ -441,6 +441,12 @@ class LibraryTorturer : public Torturer<LibraryLocks> {
     LibraryTorturer(Round& round, int index, LibraryLocks& api, uint64_t seed)
         : Torturer(round.arena, index, api, seed), round_(round) {}
 
+    /// The giver may come after others have begun a burst.
+    void enter(int32_t pid) {
+        Torturer::enter(pid);
+        finish_burst(me_.done);
+    }
+
     /// As the last one: somebody may wait for ever.
     void leave_in_order() {
         give_until([](const Task&) { return false; });
@@ -449,7 +455,7 @@ class LibraryTorturer : public Torturer<LibraryLocks> {
 
   private:
     void finish_burst(uint64_t epoch) override {
-        give_until([&](const Task& t) { return t.done == epoch; });
+        give_until([&](const Task& t) { return t.done >= epoch; });
     }
 
     /// The giver goes on until every other task is done, or has left.
