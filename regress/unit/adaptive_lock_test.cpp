@@ -383,7 +383,7 @@ TEST_F(AdaptiveLockTest, ForeignSemaphorePostsAreGivenBack) {
 }
 
 /// Two turns at a lock, the second of them alone, of which `hold_us` and `outside_us` is spent in each part. The first
-/// hold takes 1 us more: what it protects comes from another's cache.
+/// hold takes 10 us more: what it protects comes from another's cache.
 void two_turns(PaceLearner& learner, const void* lock, uint64_t hold_us, uint64_t outside_us) {
     auto pass = [](uint64_t us) {
         const uint64_t from = CycleClock::now();
@@ -391,7 +391,7 @@ void two_turns(PaceLearner& learner, const void* lock, uint64_t hold_us, uint64_
     };
     learner.handed_over(lock);
     for (int turn = 0; turn < 2; turn++) {
-        pass(turn == 0 ? hold_us + 1 : hold_us);
+        pass(turn == 0 ? hold_us + 10 : hold_us);
         learner.released(lock);
         pass(outside_us);
         learner.acquiring(lock);
@@ -404,12 +404,12 @@ TEST(PaceTest, IsPatientOnlyWithLocksWhoseHoldersComeStraightBack) {
     int close, far;
     EXPECT_EQ(learner.pace(&close).first, SpinPace::quick().first) << "the default must be the safe one";
     for (int i = 0; i < 400; i++) {
-        two_turns(learner, &close, 2, 0);
-        two_turns(learner, &far, 2, 5);
+        two_turns(learner, &close, 20, 0);
+        two_turns(learner, &far, 20, 50);
     }
     EXPECT_EQ(learner.pace(&close).first, SpinPace::patient().first);
     EXPECT_EQ(learner.pace(&far).first, SpinPace::quick().first);
-    for (int i = 0; i < 400; i++) two_turns(learner, &close, 2, 5);
+    for (int i = 0; i < 400; i++) two_turns(learner, &close, 20, 50);
     EXPECT_EQ(learner.pace(&close).first, SpinPace::quick().first) << "and unlearns";
 }
 
