@@ -401,7 +401,7 @@ void two_turns(PaceLearner& learner, const void* lock, uint64_t hold_us, uint64_
 TEST(PaceTest, IsPatientOnlyWithLocksWhoseHoldersComeStraightBack) {
     CycleClock::calibrate();
     PaceLearner learner;
-    int close, far;
+    int locks[2], &close = locks[0], &far = locks[1];  // so far apart they never share an entry
     EXPECT_EQ(learner.pace(&close).first, SpinPace::quick().first) << "the default must be the safe one";
     for (int i = 0; i < 400; i++) {
         two_turns(learner, &close, 20, 0);
