@@ -36,7 +36,7 @@ sub mount_tmpfs
 	return $dir;
 }
 
-my $wal = mount_tmpfs('64m');
+my $wal = mount_tmpfs('128m');
 my $data = mount_tmpfs('8m');
 mirror('load') unless why_no_bpf();
 
@@ -96,9 +96,10 @@ for my $mode ('owner', 'blind', 'park')
 	set_mode($node, $mode);
 	my $log = -s $node->logfile;
 	my $ledger = start_ledger($node, clients => $clients);
+	$node->poll_query_until('postgres', "SELECT count(*) > $entries + 20 FROM history") or die 'the load does not start';
+	# Last: what these have written by the time that it is full stays there, and recovery needs some space, too.
 	my $writers = start_load($node, clients => 4, seconds => 60,
 		sql => "SELECT pg_logical_emit_message(true, 'fill', repeat('x', 10000))");
-	$node->poll_query_until('postgres', "SELECT count(*) > $entries + 20 FROM history") or die 'the load does not start';
 	# 2 MB are left: fewer than the files that are ready for use may take, so the writers meet the limit.
 	system("dd if=/dev/zero of=$wal/filling bs=64k count=\$((\$(df -k --output=avail $wal | tail -1) / 64 - 32)) status=none");
 	my @problems;
