@@ -403,10 +403,8 @@ TEST(PaceTest, IsPatientOnlyWithLocksWhoseHoldersComeStraightBack) {
     PaceLearner learner;
     int locks[2], &close = locks[0], &far = locks[1];  // so far apart they never share an entry
     EXPECT_EQ(learner.pace(&close).first, SpinPace::quick().first) << "the default must be the safe one";
-    for (int i = 0; i < 400; i++) {
-        two_turns(learner, &close, 20, 0);
-        two_turns(learner, &far, 20, 50);
-    }
+    for (int i = 0; i < 400; i++) two_turns(learner, &close, 20, 0);
+    for (int i = 0; i < 400; i++) two_turns(learner, &far, 20, 50);
     EXPECT_EQ(learner.pace(&close).first, SpinPace::patient().first);
     EXPECT_EQ(learner.pace(&far).first, SpinPace::quick().first);
     for (int i = 0; i < 400; i++) two_turns(learner, &close, 20, 50);
