@@ -43,14 +43,19 @@ class RseqShared : public ::testing::Test {
     test::RestoreAffinity restore;
 };
 
+/// For ever, with its area in `shared`.
+Child computing_on_cpu_0(SharedArea& shared) {
+    return Child([&shared] {
+        test::pin_to(0);
+        if (change_over(shared))
+            for (;;) asm volatile("");
+    });
+}
+
 TEST_F(RseqShared, AnotherProcessReadsTheCpuLive) {
     const int cpus = static_cast<int>(sysconf(_SC_NPROCESSORS_ONLN));
     Shared<SharedArea> shared;
-    Child child([&] {
-        test::pin_to(0);
-        if (change_over(*shared))
-            for (;;) asm volatile("");
-    });
+    Child child = computing_on_cpu_0(*shared);
     ASSERT_TRUE(eventually([&] { return shared->area.cpu_id == 0 || shared->problem != 0; }));
     ASSERT_EQ(shared->problem, 0);
     std::mt19937 random(1);
@@ -133,11 +138,7 @@ TEST_F(RseqShared, Example) {
 // Why this alone is no mirror: the area of a process that was killed goes on telling its last CPU.
 TEST_F(RseqShared, TheDeadGoOnTelling) {
     Shared<SharedArea> shared;
-    Child child([&] {
-        test::pin_to(0);
-        if (change_over(*shared))
-            for (;;) asm volatile("");
-    });
+    Child child = computing_on_cpu_0(*shared);
     ASSERT_TRUE(eventually([&] { return shared->area.cpu_id == 0 || shared->problem != 0; }));
     child.end(SIGKILL);
     EXPECT_EQ(shared->area.cpu_id, 0u);
