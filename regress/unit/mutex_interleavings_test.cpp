@@ -128,7 +128,7 @@ struct SteppedHost {
     }
     static SpinPace pace(uint64_t&) { return {.first = 0, .longest = 0}; }
     static SpinPace quick_pace() { return {.first = 0, .longest = 0}; }
-    static void handed_over(uint64_t&) {}
+    static void waited(uint64_t&, bool) {}
     static uint64_t& sparing_since() { return stage->sparing_since[explorer->current()]; }
     static uint64_t spare_for_ticks() { return UINT64_MAX; }
 };

@@ -71,7 +71,7 @@ struct SteppedHost {
     }
     static bool starves(uint64_t) { return explorer->choose(2) == 1; }
     static SpinPace pace(Lock&) { return {.first = 0, .longest = 0}; }
-    static void handed_over(Lock&) {}
+    static void waited(Lock&, bool) {}
     static uint64_t& sparing_since() { return stage->sparing_since[explorer->current()]; }
     static uint64_t spare_for_ticks() { return UINT64_MAX; }
     static void count(LockEvent event) { spared_in_all += event == LockEvent::wakeup_spared; }

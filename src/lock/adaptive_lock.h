@@ -260,8 +260,10 @@ class AdaptiveLock {
 
     [[gnu::noinline]] static void acquire_contended(Lock& lock, LockMode mode) {
         Host::count(lock, LockEvent::contended, 1);
+        bool spun = false;
         for (bool woken_in_vain = false;; woken_in_vain = true) {
-            if (spin(lock, mode)) break;
+            spun = spin(lock, mode);
+            if (spun) break;
 
             queue_self(lock, mode, woken_in_vain);
             if (attempt(lock, mode)) {  // the last attempt: I1 rests on it
@@ -272,7 +274,7 @@ class AdaptiveLock {
             if (attempt(lock, mode)) break;
         }
         Host::set_owner(lock);
-        if (mode == LockMode::exclusive) Host::task().pace.handed_over(&lock);
+        if (mode == LockMode::exclusive) Host::task().pace.waited(&lock, spun);
     }
 
     // ---- the spinner ----

@@ -19,13 +19,13 @@
  * Algorithm
  * ---------
  * Acquire, in phases:
- * 1. attempt: take the mutex if it is free and nobody waits.
+ * 1. attempt: take the mutex if it is free (and not reserved, see 4.).
  * 2. spin: unless somebody spins already who is not seen off its CPU, become *the* spinner and attempt as
  *    long as the owner is on a CPU and the budget lasts.
  * 3. settle, one step: leave the spinner's office, and take the mutex if it is free, else set `waiters`.
  * 4. sleep, if the lower half is still as it was left in 3. Whoever has slept knows no longer whether others
  *    sleep, and keeps `waiters` set from then on. Start again at 2. Whoever was woken and still waits after
- *    Host::starves()'s time reserves the mutex with its next step 3: a spinner of a kind that nobody overtakes.
+ *    Host::starves()'s time reserves the mutex: a spinner of a kind that nobody overtakes, and that may sleep.
  *
  * Release, one step: free the mutex and
  * - if it is reserved, leave that so and wake who reserved it;
@@ -66,7 +66,7 @@
  * - wake(Lock&, how many, Sleeper): of that kind only
  * - starves(since): whether a wait that began then (CycleClock) has been long enough
  * - passed(deadline), budget(deadline): as a SpinBudget
- * - pace(Lock&), handed_over(Lock&): what PaceLearner says, and is told; quick_pace(): where it has no say
+ * - pace(Lock&), waited(Lock&, spun): what PaceLearner says, and is told; quick_pace(): where it has no say
  * - sparing_since(): see I3; spare_for_ticks()
  *
  * Thread and process safety: any number of tasks. Acquire and release order as std::mutex does.
@@ -118,6 +118,9 @@ inline constexpr uint64_t kReserved = 0xfffeULL << 48;
 inline bool is_free(uint64_t word) {
     return (word & kTid) == 0;
 }
+inline bool is_reserved(uint64_t word) {
+    return (word & kSpinner) == kReserved;
+}
 inline SlotId owner_slot(uint64_t word) {
     return static_cast<SlotId>(word >> 32);
 }
@@ -139,10 +142,13 @@ class MutexProtocol {
   public:
     /// acquired, owner_died, timed_out or not_recoverable.
     static LockResult acquire(Lock& lock, const Deadline& deadline) {
-        uint64_t seen = 0;
-        if (Host::word(lock).compare_exchange_strong(seen, Host::identity(), std::memory_order_acquire,
-                                                     std::memory_order_relaxed)) [[likely]]
+        uint64_t seen = Host::word(lock).load(std::memory_order_relaxed);
+        // Nobody there at all is a case of its own, for a step that need not wait for what is read.
+        if (seen == 0 && Host::word(lock).compare_exchange_strong(
+                             seen, Host::identity(), std::memory_order_acquire, std::memory_order_relaxed))
+            [[likely]]
             return LockResult::acquired;
+        if (take(lock, seen, 0, kNoOffice)) return taken(seen);
         return acquire_contended(lock, deadline);
     }
 
@@ -156,11 +162,15 @@ class MutexProtocol {
 
     /// Gives the mutex up, whoever took it.
     static void release(Lock& lock) {
-        uint64_t seen = Host::identity();
-        // Pairs with the acquire of whoever takes it next.
-        if (Host::word(lock).compare_exchange_strong(seen, 0, std::memory_order_release,
-                                                     std::memory_order_relaxed)) [[likely]]
-            return;
+        using namespace mutex_word;
+        uint64_t seen = Host::word(lock).load(std::memory_order_relaxed);
+        // Pairs with the acquire of whoever takes it next. Nobody there at all: as above. Nobody asleep: whoever
+        // spins, or has reserved it, is awake.
+        const auto leave = [&](uint64_t left) {
+            return Host::word(lock).compare_exchange_strong(seen, left, std::memory_order_release,
+                                                            std::memory_order_relaxed);
+        };
+        if (seen == Host::identity() ? leave(0) : (seen & kWaiters) == 0 && leave(seen & kSpinner)) return;
         release_contended(lock, seen);
     }
 
@@ -187,7 +197,7 @@ class MutexProtocol {
     /// Takes the mutex if `seen`, or what it has become since, shows it free and not left to another.
     static bool take(Lock& lock, uint64_t& seen, uint64_t waiters, uint64_t office) {
         using namespace mutex_word;
-        while (is_free(seen) && ((seen & kSpinner) != kReserved || office == kReserved)) {
+        while (is_free(seen) && (!is_reserved(seen) || office == kReserved)) {
             const uint64_t kept = without(seen, office) & (kWaiters | kOwnerDied | kSpinner);
             if (Host::word(lock).compare_exchange_weak(seen, kept | waiters | Host::identity(),
                                                        std::memory_order_acquire, std::memory_order_relaxed))
@@ -205,15 +215,17 @@ class MutexProtocol {
         const uint64_t since = CycleClock::now();
         uint64_t waiters = 0;  // kWaiters: this task may have been woken, and others still sleep
         uint64_t office = kNoOffice, seen;
+        bool spun = false;
         bool distrusts = false;  // has slept for as long as a sleep may last
         for (;;) {
             seen = Host::word(lock).load(std::memory_order_relaxed);
-            if (office == kNoOffice) office = become_spinner(lock, seen);
-            if (office != kNoOffice && spin(lock, seen, waiters, office, deadline)) break;
+            const bool starves = waiters != 0 && Host::starves(since);
+            if (office == kNoOffice) office = become_spinner(lock, seen, starves);
+            spun = office != kNoOffice && spin(lock, seen, waiters, office, deadline);
+            if (spun) break;
 
             const bool gives_up = Host::passed(deadline);
-            const bool reserves =
-                !gives_up && (office == kReserved || (waiters != 0 && Host::starves(since)));
+            const bool reserves = !gives_up && (office == kReserved || starves);
             const uint64_t left = settle(lock, seen, waiters, office, distrusts,
                                          (gives_up ? waiters : kWaiters) | (reserves ? kReserved : 0));
             if (left == kTaken) break;
@@ -229,7 +241,7 @@ class MutexProtocol {
             if (end != FutexWait::changed) waiters = kWaiters;
             distrusts = end == FutexWait::interrupted;
         }
-        Host::handed_over(lock);
+        Host::waited(lock, spun);
         return taken(seen);
     }
 
@@ -250,15 +262,17 @@ class MutexProtocol {
         }
     }
 
-    /// kNoOffice if somebody else is the spinner. One that the mirror shows off its CPU is replaced.
-    static uint64_t become_spinner(Lock& lock, uint64_t& seen) {
+    /// kNoOffice if somebody else is the spinner. One that the mirror shows off its CPU is replaced; who `starves`
+    /// replaces any, and reserves the mutex.
+    static uint64_t become_spinner(Lock& lock, uint64_t& seen, bool starves) {
         using namespace mutex_word;
         const SlotId slot = owner_slot(Host::identity());
         const bool has_name = slot != 0 && static_cast<uint64_t>(slot) << 48 < kReserved;
-        const uint64_t office = static_cast<uint64_t>(has_name ? slot : kUnnamed) << 48;
+        const uint64_t office = starves ? kReserved : static_cast<uint64_t>(has_name ? slot : kUnnamed) << 48;
         do {
-            if ((seen & kSpinner) == kReserved) return kNoOffice;
-            if ((seen & kSpinner) != 0 && !is_off_cpu(Host::look(spinner_slot(seen)))) return kNoOffice;
+            if (is_reserved(seen)) return kNoOffice;
+            if (!starves && (seen & kSpinner) != 0 && !is_off_cpu(Host::look(spinner_slot(seen))))
+                return kNoOffice;
         } while (!Host::word(lock).compare_exchange_weak(
             seen, (seen & ~kSpinner) | office, std::memory_order_relaxed, std::memory_order_relaxed));
         return office;
@@ -274,13 +288,14 @@ class MutexProtocol {
         };
         return spin_on_owner(
                    look_again, [&] { return owner_slot(seen); }, [](SlotId slot) { return Host::look(slot); },
-                   Host::budget(deadline), Host::pace(lock)) == SpinEnd::acquired;
+                   Host::budget(deadline),
+                   office == kReserved ? Host::quick_pace() : Host::pace(lock)) == SpinEnd::acquired;
     }
 
     [[gnu::noinline]] static void release_contended(Lock& lock, uint64_t seen) {
         using namespace mutex_word;
         for (;;) {
-            const bool reserved = (seen & kSpinner) == kReserved;
+            const bool reserved = is_reserved(seen);
             const bool wakes = !reserved && (seen & kWaiters) != 0 && !may_spare_wakeup(seen);
             const uint64_t left = wakes ? 0 : seen & (kWaiters | kSpinner);
             if (Host::word(lock).compare_exchange_weak(seen, left, std::memory_order_release,
@@ -346,9 +361,9 @@ struct FutexHost : ThisTaskHost {
 
     static bool passed(const Deadline& deadline) { return deadline.passed(); }
     static SpinBudget budget(const Deadline& deadline) { return spin_budget(deadline); }
-    static SpinPace pace(uint64_t& lock) { return this_task().pace.pace(&lock); }
-    static SpinPace quick_pace() { return SpinPace::quick(); }
-    static void handed_over(uint64_t& lock) { this_task().pace.handed_over(&lock); }
+    static SpinPace pace(uint64_t& lock) { return this_task().pace.pace(&lock, quick_pace()); }
+    static SpinPace quick_pace() { return SpinPace::eager(); }
+    static void waited(uint64_t& lock, bool spun) { this_task().pace.waited(&lock, spun); }
 };
 
 }  // namespace adaptive

@@ -341,7 +341,7 @@ struct PthreadHost : ThisTaskHost {
     }
     static void wake(const Lock* lock) { futex_wake(&lock->__data.__lock, 1, kPrivate); }
     static SpinPace pace(Lock& lock) { return this_task().pace.pace(&lock); }
-    static void handed_over(Lock& lock) { this_task().pace.handed_over(&lock); }
+    static void waited(Lock& lock, bool spun) { this_task().pace.waited(&lock, spun); }
     static void count(LockEvent event) {
         if (counting) [[unlikely]]
             count_event(event);

@@ -52,7 +52,7 @@
  *   holder; 0: unknown
  * - slot(): this task's slot; find(thread id): another one's; look(slot): the mirror's word
  * - sleep(Lock&): on 2, a FutexWait; wake(Lock&): one
- * - starves(since), pace(Lock&), handed_over(Lock&), sparing_since(), spare_for_ticks(): see mutex_protocol.h
+ * - starves(since), pace(Lock&), waited(Lock&, spun), sparing_since(), spare_for_ticks(): see mutex_protocol.h
  * - count(LockEvent): statistics
  *
  * Thread safety: any number of threads of one process. Acquire and release order as pthread_mutex_lock() and
@@ -84,19 +84,20 @@ class PthreadProtocol {
         const uint64_t since = CycleClock::now();
         int taken = kHeld;
         Host::count(LockEvent::contended);
-        while (!spin(lock, taken, budget, taken == kHeldAndWaited && Host::starves(since))) {
+        bool spun;
+        while (!(spun = spin(lock, taken, budget, taken == kHeldAndWaited && Host::starves(since)))) {
             if (Host::word(lock).exchange(kHeldAndWaited, std::memory_order_acquire) == kFree) break;
             Host::count(LockEvent::slept);
             if (Host::sleep(lock) != FutexWait::changed) taken = kHeldAndWaited;
         }
-        Host::handed_over(lock);
+        Host::waited(lock, spun);
     }
 
     /// Only the spin: for those who sleep in the C library, up to a deadline. False: not acquired.
     static bool acquire_spinning(Lock& lock, const SpinBudget& budget) {
         Host::count(LockEvent::contended);
         if (!spin(lock, kHeld, budget, false)) return false;
-        Host::handed_over(lock);
+        Host::waited(lock, true);
         return true;
     }
 

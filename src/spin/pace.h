@@ -13,11 +13,11 @@
  * PaceLearner tells them apart by what its own task goes through at the lock: the time of a hold after a
  * hand-over (with the cache misses) against the time of a whole turn alone (hold and outside, until the next
  * acquire). Patience pays when a turn alone is shorter than a hold after a hand-over together with the
- * hand-over of the lock itself. It samples exclusive holds after contended acquires only; the uncontended
+ * hand-over of the lock itself. It samples exclusive holds after a spin only; the uncontended
  * path pays a comparison at either end.
  *
  * Bounds: a wrong guess costs at most SpinPace::longest of waiting a look, and spins remain limited by their
- * budget. What nothing is known of gets the quick pace. Thread safety: a PaceLearner belongs to one task.
+ * budget. What little is known of gets the quick pace. Thread safety: a PaceLearner belongs to one task.
  */
 
 #include <cstddef>
@@ -33,6 +33,8 @@ struct SpinPace {
     uint64_t longest;
 
     static SpinPace quick() { return {.first = from_nanoseconds(50), .longest = from_nanoseconds(100)}; }
+    /// At every turn of the spin: where the lock's line is the lock's alone, or nearly so.
+    static SpinPace eager() { return {.first = 1, .longest = 1}; }
     static SpinPace patient() {
         return {.first = from_nanoseconds(10'000), .longest = from_nanoseconds(10'000)};
     }
@@ -54,36 +56,40 @@ class PaceLearner {
             sample_at_release(exclusive);
     }
 
-    /// An exclusive acquire that had to wait has succeeded: the lock was handed over.
-    void handed_over(const void* lock) noexcept {
-        // A turn during which the lock was handed over again was not one alone. Known locks are sampled now
-        // and then.
+    /// An exclusive acquire that had to wait has succeeded. `spun`: awake to the end, so that the lock was handed
+    /// over. (After a sleep the first hold is a long one, as everything is out of the cache.)
+    void waited(const void* lock, bool spun) noexcept {
+        // A turn during which the lock was handed over again was not one alone. Of known locks one hand-over in
+        // kSampled is looked at; a prime, or of two that are taken in turn always the same one would be.
         sampled_ = nullptr;
-        if (of(lock).turn_alone != kUnknown && ++skipped_ % 8 != 0) return;
+        if (!spun) return;
+        if (of(lock).is_known() && ++skipped_ % kSampled != 0) return;
         sampled_ = lock;
         stage_ = Stage::holding;
         since_ = CycleClock::now();
     }
 
-    SpinPace pace(const void* lock) const noexcept {
+    SpinPace pace(const void* lock, const SpinPace& quick = SpinPace::quick()) const noexcept {
         const Times& t = of(lock);
         const bool patience_pays =
-            t.turn_alone != kUnknown &&
-            t.turn_alone < t.hold_after_handover + SpinPace::from_nanoseconds(kHandOverNs);
-        return patience_pays ? SpinPace::patient() : SpinPace::quick();
+            t.is_known() && t.turn_alone < t.hold_after_handover + SpinPace::from_nanoseconds(kHandOverNs);
+        return patience_pays ? SpinPace::patient() : quick;
     }
 
   private:
-    static constexpr uint64_t kUnknown = 0;
     static constexpr uint64_t kHandOverNs = 50;  // a transfer of the lock's line
-    static constexpr size_t kLocks = 64;         // locks share entries: one of them may get the other's pace
+    static constexpr uint32_t kSampled = 7;
+    static constexpr uint32_t kFew = 8;
+    static constexpr size_t kLocks = 64;  // locks share entries: one of them may get the other's pace
 
     enum class Stage : uint8_t { holding, outside, alone };
 
-    struct Times {                                // ticks
-        uint64_t hold_after_handover = kUnknown;  // running median
-        uint64_t turn_alone =
-            kUnknown;  // running low quantile: a spinner that looks often makes turns longer
+    struct Times {                         // ticks
+        uint64_t hold_after_handover = 0;  // running median
+        uint64_t turn_alone = 0;  // running low quantile: a spinner that looks often makes turns longer
+        uint32_t turns = 0;       // seen alone, up to kFew
+
+        bool is_known() const noexcept { return turns == kFew; }
     };
 
     static size_t index(const void* lock) noexcept {
@@ -94,10 +100,11 @@ class PaceLearner {
 
     /// Moves a running quantile a little towards a sample, however far the sample lies: one that was
     /// preempted counts no more than any other. Steps up are 1/`up` of the value and steps down 1/`down`; as
-    /// many samples lie below, in the long run, as up : down says.
-    static void learn(uint64_t& value, uint64_t sample, uint64_t up, uint64_t down) noexcept {
-        if (value == kUnknown)
-            value = sample + 1;
+    /// many samples lie below, in the long run, as up : down says. Of the first few the least counts: a task begins
+    /// with its caches cold, and would need long to get down from there.
+    static void learn(uint64_t& value, uint64_t sample, bool few, uint64_t up, uint64_t down) noexcept {
+        if (few)
+            value = value == 0 || sample < value ? sample + 1 : value;
         else
             value = sample > value ? value + value / up + 1 : value - value / down;
     }
@@ -106,17 +113,20 @@ class PaceLearner {
         if (!exclusive) return;
         const uint64_t now = CycleClock::now();
         if (stage_ == Stage::alone) {
-            learn(of(sampled_).turn_alone, now - since_, 64, 8);
+            Times& t = of(sampled_);
+            learn(t.turn_alone, now - since_, !t.is_known(), 64, 8);
+            if (!t.is_known()) t.turns++;
             sampled_ = nullptr;
         } else {
-            stage_ = Stage::alone;  // unless this acquire has to wait: handed_over()
+            stage_ = Stage::alone;  // unless this acquire has to wait: waited()
             since_ = now;
         }
     }
 
     [[gnu::noinline]] void sample_at_release(bool exclusive) noexcept {
         if (!exclusive || stage_ != Stage::holding) return;
-        learn(of(sampled_).hold_after_handover, CycleClock::now() - since_, 16, 16);
+        Times& t = of(sampled_);
+        learn(t.hold_after_handover, CycleClock::now() - since_, !t.is_known(), 16, 16);
         stage_ = Stage::outside;
     }
 
