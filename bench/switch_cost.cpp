@@ -3,13 +3,17 @@
 // Two tasks on one CPU hand a byte to and fro through two pipes: every hand-over is one context switch.
 // Rounds with and without the program attached alternate in one run, back to back, so that the host's noise
 // meets both; only differences within a pair count. The rows:
+//   empty program                no mirror: a BPF program at the same place that returns at once, the least that any costs
 //   unregistered, 0 registered   neither task registered, nobody else either
 //   unregistered, N registered   neither task registered, N sleeping tasks are
 //   registered,   N registered   both tasks registered, and so are N sleeping ones
 //
 // Loads a mirror of its own in a directory of its own; needs root. "Without" means that its attachments are
 // unpinned.
+#include <bpf/bpf.h>
+#include <bpf/libbpf.h>
 #include <fcntl.h>
+#include <linux/bpf.h>
 #include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -21,7 +25,10 @@
 #include <cstdlib>
 #include <ctime>
 #include <filesystem>
+#include <functional>
 #include <iostream>
+#include <iterator>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -46,6 +53,30 @@ void command(const std::string& verb) {
     if (system((schedmirror + " --dir " + dir + " " + verb + " > /dev/null").c_str()) != 0)
         give_up("`schedmirror " + verb + "` failed (needs root)");
 }
+
+// Attached as long as it lives.
+class EmptyProgram {
+  public:
+    EmptyProgram() {
+        bpf_insn return_0[2] = {};
+        return_0[0].code = BPF_ALU64 | BPF_MOV | BPF_K;  // r0 = 0
+        return_0[1].code = BPF_JMP | BPF_EXIT;
+        LIBBPF_OPTS(bpf_prog_load_opts, options, .expected_attach_type = BPF_TRACE_RAW_TP);
+        options.attach_btf_id =
+            static_cast<__u32>(libbpf_find_vmlinux_btf_id("sched_switch", BPF_TRACE_RAW_TP));
+        program_ =
+            bpf_prog_load(BPF_PROG_TYPE_TRACING, "empty", "GPL", return_0, std::size(return_0), &options);
+        link_ = bpf_raw_tracepoint_open(nullptr, program_);
+        if (link_ < 0) give_up("cannot attach a BPF program to sched_switch (needs root)");
+    }
+    ~EmptyProgram() {
+        close(link_);
+        close(program_);
+    }
+
+  private:
+    int program_, link_;
+};
 
 struct Pipe {
     int ends[2];
@@ -95,7 +126,7 @@ constexpr int kBatch =
 using bench::median;
 
 // Nanoseconds per switch between two fresh processes on `cpu`: the median of the batches.
-double measure(bool registered, bool attached, int cpu, int batches) {
+double measure(bool registered, int cpu, int batches, const std::function<void()>& before) {
     Pipe go, there, back, result;
     const pid_t echo = start(registered, [&] {
         alone_on(cpu);
@@ -115,10 +146,7 @@ double measure(bool registered, bool attached, int cpu, int batches) {
                           2;
         if (write(result.ends[1], &ns, sizeof(ns)) != sizeof(ns)) _exit(1);
     });
-    if (!attached) {
-        command("unload");
-        usleep(50000);  // the kernel detaches the program a little later
-    }
+    before();
     go.send();
     double ns = 0;
     if (read(result.ends[0], &ns, sizeof(ns)) != sizeof(ns)) give_up("a measuring process died");
@@ -129,19 +157,32 @@ double measure(bool registered, bool attached, int cpu, int batches) {
     return ns;
 }
 
+// The kernel detaches a program a little after it was told to.
+void settle() {
+    usleep(50000);
+}
+
 struct Case {
     const char* name;
-    bool registered;
+    bool mirror, registered;
     int others;  // sleeping registered tasks
     double target;
     std::vector<double> without, with, added;
 };
 
 double one(const Case& c, bool attached, int cpu, int batches) {
+    if (!c.mirror) {
+        std::optional<EmptyProgram> program;
+        if (attached) program.emplace();
+        return measure(false, cpu, batches, settle);
+    }
     command("load --slots 1000 --group root");
     std::vector<pid_t> others;
     for (int i = 0; i < c.others; i++) others.push_back(start(true, [] { pause(); }));
-    const double ns = measure(c.registered, attached, cpu, batches);
+    const double ns = measure(c.registered, cpu, batches, [&] {
+        if (!attached) command("unload");
+        settle();
+    });
     for (pid_t pid : others) kill(pid, SIGKILL);
     for (pid_t pid : others) waitpid(pid, nullptr, 0);
     if (attached) command("unload");
@@ -174,9 +215,10 @@ int main(int argc, char** argv) {
             << ": its program runs in both halves of each pair, so that only a second one is measured\n";
 
     Case cases[] = {
-        {"unregistered", false, 0, 25, {}, {}, {}},
-        {"unregistered", false, others, 25, {}, {}, {}},
-        {"registered", true, others, 80, {}, {}, {}},
+        {"empty program", false, false, 0, 25, {}, {}, {}},
+        {"unregistered", true, false, 0, 25, {}, {}, {}},
+        {"unregistered", true, false, others, 25, {}, {}, {}},
+        {"registered", true, true, others, 80, {}, {}, {}},
     };
     for (int round = 0; round < rounds; round++) {
         for (Case& c : cases) {
@@ -196,10 +238,11 @@ int main(int argc, char** argv) {
         for (const Case& c : cases) {
             const auto [low, high] = std::minmax_element(c.added.begin(), c.added.end());
             printf(
-                "%s{\"registered_tasks\": %s, \"others\": %d, \"without_ns\": %.1f, \"with_ns\": %.1f, "
+                "%s{\"program\": \"%s\", \"registered_tasks\": %s, \"others\": %d, \"without_ns\": %.1f, "
+                "\"with_ns\": %.1f, "
                 "\"added_ns\": %.1f, \"min\": %.1f, \"max\": %.1f}",
-                separator, c.registered ? "true" : "false", c.others, median(c.without), median(c.with),
-                median(c.added), *low, *high);
+                separator, c.mirror ? "mirror" : "empty", c.registered ? "true" : "false", c.others,
+                median(c.without), median(c.with), median(c.added), *low, *high);
             separator = ",\n ";
         }
         printf("]\n");

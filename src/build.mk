@@ -95,7 +95,7 @@ $(B)/unit/percpu_test: LDLIBS += -ldl
 
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
-	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench $< $(B)/libadaptive.a -lboost_program_options -lpthread -o $@
+	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench $< $(B)/libadaptive.a -lbpf -lboost_program_options -lpthread -o $@
 
 $(B)/unit/deschedule_test $(B)/unit/rseq_shared_test: | $(EXAMPLES)
 
