@@ -166,7 +166,7 @@ struct Case {
     const char* name;
     bool mirror, registered;
     int others;  // sleeping registered tasks
-    double target;
+    const char* target;
     std::vector<double> without, with, added;
 };
 
@@ -215,10 +215,10 @@ int main(int argc, char** argv) {
             << ": its program runs in both halves of each pair, so that only a second one is measured\n";
 
     Case cases[] = {
-        {"empty program", false, false, 0, 25, {}, {}, {}},
-        {"unregistered", true, false, 0, 25, {}, {}, {}},
-        {"unregistered", true, false, others, 25, {}, {}, {}},
-        {"registered", true, true, others, 80, {}, {}, {}},
+        {"empty program", false, false, 0, "-", {}, {}, {}},
+        {"unregistered", true, false, 0, "25", {}, {}, {}},
+        {"unregistered", true, false, others, "25", {}, {}, {}},
+        {"registered", true, true, others, "80", {}, {}, {}},
     };
     for (int round = 0; round < rounds; round++) {
         for (Case& c : cases) {
@@ -252,7 +252,7 @@ int main(int argc, char** argv) {
            "added ns", "range", "target");
     for (const Case& c : cases) {
         const auto [low, high] = std::minmax_element(c.added.begin(), c.added.end());
-        printf("%-13s %10d | %10.1f %10.1f | %9.1f %9.1f ..%8.1f %7.0f\n", c.name, c.others,
+        printf("%-13s %10d | %10.1f %10.1f | %9.1f %9.1f ..%8.1f %7s\n", c.name, c.others,
                median(c.without), median(c.with), median(c.added), *low, *high, c.target);
     }
     return 0;
