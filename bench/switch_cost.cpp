@@ -252,8 +252,8 @@ int main(int argc, char** argv) {
            "added ns", "range", "target");
     for (const Case& c : cases) {
         const auto [low, high] = std::minmax_element(c.added.begin(), c.added.end());
-        printf("%-13s %10d | %10.1f %10.1f | %9.1f %9.1f ..%8.1f %7s\n", c.name, c.others,
-               median(c.without), median(c.with), median(c.added), *low, *high, c.target);
+        printf("%-13s %10d | %10.1f %10.1f | %9.1f %9.1f ..%8.1f %7s\n", c.name, c.others, median(c.without),
+               median(c.with), median(c.added), *low, *high, c.target);
     }
     return 0;
 }

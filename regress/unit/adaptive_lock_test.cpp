@@ -384,8 +384,8 @@ TEST_F(AdaptiveLockTest, ForeignSemaphorePostsAreGivenBack) {
 
 /// Two turns at a lock, the second of them alone, of which `hold_us` and `outside_us` is spent in each part. The first
 /// hold takes `more_us` more: what it protects comes from another's cache.
-void two_turns(PaceLearner& learner, const void* lock, uint64_t hold_us, uint64_t outside_us, bool spun = true,
-               uint64_t more_us = 10) {
+void two_turns(PaceLearner& learner, const void* lock, uint64_t hold_us, uint64_t outside_us,
+               bool spun = true, uint64_t more_us = 10) {
     auto pass = [](uint64_t us) {
         const uint64_t from = CycleClock::now();
         while (CycleClock::now() - from < us * CycleClock::ticks_per_microsecond()) CycleClock::pause();
@@ -402,7 +402,9 @@ void two_turns(PaceLearner& learner, const void* lock, uint64_t hold_us, uint64_
 class PaceTest : public ::testing::Test {
   protected:
     static void SetUpTestSuite() { CycleClock::calibrate(); }
-    bool is_patient(int lock) const { return learner_.pace(&locks_[lock]).first == SpinPace::patient().first; }
+    bool is_patient(int lock) const {
+        return learner_.pace(&locks_[lock]).first == SpinPace::patient().first;
+    }
     void pass(int lock, uint64_t hold_us, uint64_t outside_us, bool spun = true, uint64_t more_us = 10) {
         two_turns(learner_, &locks_[lock], hold_us, outside_us, spun, more_us);
     }
