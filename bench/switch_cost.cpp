@@ -147,6 +147,7 @@ double measure(bool registered, int cpu, int batches, const std::function<void()
         if (write(result.ends[1], &ns, sizeof(ns)) != sizeof(ns)) _exit(1);
     });
     before();
+    usleep(50000);  // the kernel detaches a program a little after it was told to
     go.send();
     double ns = 0;
     if (read(result.ends[0], &ns, sizeof(ns)) != sizeof(ns)) give_up("a measuring process died");
@@ -155,11 +156,6 @@ double measure(bool registered, int cpu, int batches, const std::function<void()
     for (const Pipe* p : {&go, &there, &back, &result})
         for (int end : p->ends) close(end);
     return ns;
-}
-
-// The kernel detaches a program a little after it was told to.
-void settle() {
-    usleep(50000);
 }
 
 struct Case {
@@ -174,14 +170,13 @@ double one(const Case& c, bool attached, int cpu, int batches) {
     if (!c.mirror) {
         std::optional<EmptyProgram> program;
         if (attached) program.emplace();
-        return measure(false, cpu, batches, settle);
+        return measure(false, cpu, batches, [] {});
     }
     command("load --slots 1000 --group root");
     std::vector<pid_t> others;
     for (int i = 0; i < c.others; i++) others.push_back(start(true, [] { pause(); }));
     const double ns = measure(c.registered, cpu, batches, [&] {
         if (!attached) command("unload");
-        settle();
     });
     for (pid_t pid : others) kill(pid, SIGKILL);
     for (pid_t pid : others) waitpid(pid, nullptr, 0);

@@ -382,66 +382,63 @@ TEST_F(AdaptiveLockTest, ForeignSemaphorePostsAreGivenBack) {
     EXPECT_EQ(value, 3);
 }
 
-/// Two turns at a lock, the second of them alone, of which `hold_us` and `outside_us` is spent in each part. The first
-/// hold takes `more_us` more: what it protects comes from another's cache.
-void two_turns(PaceLearner& learner, const void* lock, uint64_t hold_us, uint64_t outside_us,
-               bool spun = true, uint64_t more_us = 10) {
-    auto pass = [](uint64_t us) {
-        const uint64_t from = CycleClock::now();
-        while (CycleClock::now() - from < us * CycleClock::ticks_per_microsecond()) CycleClock::pause();
-    };
-    learner.waited(lock, spun);
-    for (int turn = 0; turn < 2; turn++) {
-        pass(turn == 0 ? hold_us + more_us : hold_us);
-        learner.released(lock);
-        pass(outside_us);
-        learner.acquiring(lock);
-    }
-}
-
 class PaceTest : public ::testing::Test {
   protected:
     static void SetUpTestSuite() { CycleClock::calibrate(); }
+
+    /// Two turns at a lock, the second of them alone, of which `hold_us` and `outside_us` is spent in each part. The
+    /// first hold takes `more_us` more: what it protects comes from another's cache.
+    void two_turns(int lock, uint64_t hold_us, uint64_t outside_us, bool spun = true, uint64_t more_us = 10) {
+        const auto pass = [](uint64_t us) {
+            const uint64_t from = CycleClock::now();
+            while (CycleClock::now() - from < us * CycleClock::ticks_per_microsecond()) CycleClock::pause();
+        };
+        learner_.waited(&locks_[lock], spun);
+        for (int turn = 0; turn < 2; turn++) {
+            pass(turn == 0 ? hold_us + more_us : hold_us);
+            learner_.released(&locks_[lock]);
+            pass(outside_us);
+            learner_.acquiring(&locks_[lock]);
+        }
+    }
     bool is_patient(int lock) const {
         return learner_.pace(&locks_[lock]).first == SpinPace::patient().first;
     }
-    void pass(int lock, uint64_t hold_us, uint64_t outside_us, bool spun = true, uint64_t more_us = 10) {
-        two_turns(learner_, &locks_[lock], hold_us, outside_us, spun, more_us);
-    }
 
+  private:
     PaceLearner learner_;
     int locks_[2];  // neighbours never share an entry
 };
 
 TEST_F(PaceTest, IsPatientOnlyWithLocksWhoseHoldersComeStraightBack) {
     EXPECT_FALSE(is_patient(0)) << "the default must be the safe one";
-    for (int i = 0; i < 400; i++) pass(0, 20, 0);
-    for (int i = 0; i < 400; i++) pass(1, 20, 50);
+    for (int i = 0; i < 400; i++) two_turns(0, 20, 0);
+    for (int i = 0; i < 400; i++) two_turns(1, 20, 50);
     EXPECT_TRUE(is_patient(0));
     EXPECT_FALSE(is_patient(1));
-    for (int i = 0; i < 400; i++) pass(0, 20, 50);
+    for (int i = 0; i < 400; i++) two_turns(0, 20, 50);
     EXPECT_FALSE(is_patient(0)) << "and unlearns";
 }
 
 TEST_F(PaceTest, LearnsOfLocksThatAreTakenInTurn) {
     for (int i = 0; i < 400; i++)
-        for (int lock : {0, 1}) pass(lock, 20, 0);
+        for (int lock : {0, 1}) two_turns(lock, 20, 0);
     ASSERT_TRUE(is_patient(0) && is_patient(1));
     for (int i = 0; i < 400; i++)
-        for (int lock : {0, 1}) pass(lock, 20, 50);
+        for (int lock : {0, 1}) two_turns(lock, 20, 50);
     EXPECT_FALSE(is_patient(0) || is_patient(1));
 }
 
 TEST_F(PaceTest, IsNotMisledByColdCaches) {
-    pass(0, 20, 50, true, 1000);  // a task's first hold
+    two_turns(0, 20, 50, true, 1000);  // a task's first hold
     for (int i = 0; i < 50; i++) {
         EXPECT_FALSE(is_patient(0)) << "after " << i << " hand-overs";
-        pass(0, 20, 50);
+        two_turns(0, 20, 50);
     }
 }
 
 TEST_F(PaceTest, LearnsNothingFromHoldsAfterASleep) {
-    for (int i = 0; i < 400; i++) pass(0, 20, 0, false);
+    for (int i = 0; i < 400; i++) two_turns(0, 20, 0, false);
     EXPECT_FALSE(is_patient(0));
 }
 
