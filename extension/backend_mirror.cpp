@@ -19,8 +19,8 @@ Mirror mirror;
 MirrorTask task;
 SlotId own_slot = 0;
 bool settled = false;
-Spinner* spinners = nullptr;
-static_assert(kSpinners == 256, "spinner_of() takes eight bits of the hash");
+LockHints* lock_hints = nullptr;
+static_assert(kLockHints == 256, "hints_of() takes eight bits of the hash");
 }  // namespace internal
 
 using namespace internal;
@@ -173,14 +173,15 @@ void child_after_fork() {
 }  // namespace
 
 size_t shmem_bytes() {
-    return sizeof(Spinner) * kSpinners + shared_bytes() + Mirror::rseq_bytes(rseq_slots(), cpus()) + 3 * 128;
+    return sizeof(LockHints) * kLockHints + shared_bytes() + Mirror::rseq_bytes(rseq_slots(), cpus()) +
+           3 * 128;
 }
 
 void shmem_startup() {
     bool found;
-    spinners = static_cast<Spinner*>(
-        ShmemInitStruct("adaptive_lwlock spinners", sizeof(Spinner) * kSpinners, &found));
-    MemSet(spinners, 0, sizeof(Spinner) * kSpinners);
+    lock_hints = static_cast<LockHints*>(
+        ShmemInitStruct("adaptive_lwlock lock hints", sizeof(LockHints) * kLockHints, &found));
+    MemSet(lock_hints, 0, sizeof(LockHints) * kLockHints);
     shared = static_cast<Shared*>(ShmemInitStruct("adaptive_lwlock slots", shared_bytes(), &found));
     MemSet(shared, 0, shared_bytes());
     pg_atomic_init_u64(&shared->warned_at, 0);

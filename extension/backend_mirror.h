@@ -36,6 +36,12 @@ struct BackendSlot {
 /// What the mirror says of a process, by the number of its PGPROC.
 BackendSlot of_backend(int proc_number);
 
+/// What is believed of a lock and has no room in it.
+struct alignas(64) LockHints {
+    SlotId spinner;     // who spins for it
+    uint64_t woken_at;  // when a locker who waits for it was last woken, CycleClock ticks
+};
+
 #pragma GCC visibility push(hidden)  // reached without a detour through the global offset table
 namespace internal {
 extern Mirror mirror;
@@ -45,11 +51,8 @@ extern bool settled;  // this process has attached, or has failed to and goes on
 void attach_first_time();
 void lost();
 void after_sleep();
-struct alignas(64) Spinner {
-    SlotId slot;
-};
-constexpr size_t kSpinners = 256;
-extern Spinner* spinners;
+constexpr size_t kLockHints = 256;
+extern LockHints* lock_hints;
 }  // namespace internal
 #pragma GCC visibility pop
 
@@ -76,11 +79,11 @@ inline void note_slept() {
     internal::after_sleep();
 }
 
-/// The slot of whoever spins for the lock at this address. Locks share entries, and a lock in dynamic shared
-/// memory has another address in every process: like everything about the mirror it is a hint.
-inline std::atomic_ref<SlotId> spinner_of(const void* lock) {
+/// Of the lock at this address. Locks share entries, and a lock in dynamic shared memory has another address in every
+/// process: like everything about the mirror it is a hint.
+inline LockHints& hints_of(const void* lock) {
     const uint64_t hash = reinterpret_cast<uint64_t>(lock) * 0x9E3779B97F4A7C15u;
-    return std::atomic_ref<SlotId>(internal::spinners[hash >> 56].slot);
+    return internal::lock_hints[hash >> 56];
 }
 
 }  // namespace adaptive::backend_mirror

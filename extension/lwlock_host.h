@@ -5,8 +5,8 @@
  *
  * Everything stays where the server keeps it: the state word and the wait list in the LWLock, the wait state
  * in the PGPROC, the sleeps on its semaphore. New are only the owner's slot number, in the hole of the
- * LWLock, two bits of its state word that the server leaves alone, and the spinner's slot number, in a table
- * beside.
+ * LWLock, two bits of its state word that the server leaves alone, and, in a table beside, the spinner's slot number
+ * and when somebody was last woken.
  */
 
 #include <atomic>
@@ -116,6 +116,13 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
     static uint64_t spare_for_ticks() {
         return settings::kSpareForMicroseconds * CycleClock::ticks_per_microsecond();
     }
+    static void note_wakeup(LWLock & lock) {
+        woken_at(lock).store(CycleClock::now(), std::memory_order_relaxed);
+    }
+    static bool is_wakeup_late(LWLock & lock) {
+        return CycleClock::since(woken_at(lock).load(std::memory_order_relaxed)) >
+               settings::kLateAfterMicroseconds * CycleClock::ticks_per_microsecond();
+    }
 
     static LockTask<LWLock>& task() {
         return task_;
@@ -131,10 +138,10 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
         return owner_of(lock).load(std::memory_order_relaxed);
     }
     static void set_spinner(LWLock & lock) {
-        backend_mirror::spinner_of(&lock).store(backend_mirror::slot(), std::memory_order_relaxed);
+        spinner_of(lock).store(backend_mirror::slot(), std::memory_order_relaxed);
     }
     static SlotId spinner(LWLock & lock) {
-        return backend_mirror::spinner_of(&lock).load(std::memory_order_relaxed);
+        return spinner_of(lock).load(std::memory_order_relaxed);
     }
     static SchedState look(SlotId slot) {
         return backend_mirror::look(slot);
@@ -151,6 +158,12 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
     static std::atomic_ref<SlotId> owner_of(LWLock & lock) {
         return std::atomic_ref<SlotId>(
             *reinterpret_cast<SlotId*>(reinterpret_cast<char*>(&lock) + server::kOwnerOffset));
+    }
+    static std::atomic_ref<SlotId> spinner_of(LWLock & lock) {
+        return std::atomic_ref<SlotId>(backend_mirror::hints_of(&lock).spinner);
+    }
+    static std::atomic_ref<uint64_t> woken_at(LWLock & lock) {
+        return std::atomic_ref<uint64_t>(backend_mirror::hints_of(&lock).woken_at);
     }
 };
 

@@ -21,6 +21,8 @@ extern int sched_state;  // a SchedStateSource
 constexpr int kUnwatchedSpinMicroseconds = 20;
 // A sleeper is passed over in favour of spinners for at most this long by one releaser.
 constexpr int kSpareForMicroseconds = 1000;
+// A woken backend runs sooner than this, unless it has to wait for a CPU.
+constexpr int kLateAfterMicroseconds = 100;
 
 inline WaitPolicy policy() {
     return static_cast<WaitPolicy>(mode);

@@ -22,7 +22,7 @@
  *     state without it, and asks for not_waiting alone.
  *   - Erasing a waiter from the waker's own list, and making it not_waiting, which publishes that.
  * Chosen freely whenever they are asked for: the policy, the mirror's answers, the time that I4 lets a releaser spare,
- * and the spinner's budget, which need only end. wake_all() wakes in any order, that of the list among them.
+ * whether a wake-up is late, and the spinner's budget, which need only end. wake_all() wakes in any order, that of the list among them.
  * All operations on the state word are sequentially consistent there; here every step is.
  *
  * Options (-D)
@@ -288,7 +288,7 @@ inline wake_until_free()
 inline after_release()
 {
     if
-    :: left & RELEASE_OK -> wake_waiters()
+    :: true -> wake_waiters() /* RELEASE_OK, or late */
     :: !(left & RELEASE_OK) || may_spare_wakeup ->
         if
 #ifndef MUTATE_BYSTANDERS_SPARED

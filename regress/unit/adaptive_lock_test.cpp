@@ -256,6 +256,26 @@ TEST_F(AdaptiveLockTest, SpinnersCannotKeepASleeperAsleepForLong) {
     other.join();
 }
 
+TEST_F(AdaptiveLockTest, AWokenTaskThatDoesNotRunKeepsNobodyAsleepForLong) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    auto other = sleeper();
+    await_sleeper();
+    // As if somebody else had been woken, who has not come to run yet.
+    ProcessHost::state(lock_).fetch_and(~kBits.release_ok);
+    const uint64_t second = 1'000'000 * CycleClock::ticks_per_microsecond();
+    lock_.woken_at = CycleClock::now() + second;  // not late, however long this test is kept from running
+    ProcessLock::release(lock_, LockMode::exclusive);
+    EXPECT_EQ(counted(LockEvent::wakeup_sent), 0u);
+    lock_.woken_at = CycleClock::now() - second;
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    ProcessLock::release(lock_, LockMode::exclusive);
+    EXPECT_EQ(counted(LockEvent::wakeup_sent), 1u);
+    ProcessHost::state(lock_).fetch_or(kBits.release_ok);
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    ProcessLock::release(lock_, LockMode::exclusive);
+    other.join();
+}
+
 TEST_F(AdaptiveLockTest, WhoWaitsForFreedomIsWokenAtEveryRelease) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     std::atomic<int> result{-1};

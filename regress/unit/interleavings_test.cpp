@@ -58,7 +58,7 @@ struct StateWord : Stepped<uint32_t> {
     }
 };
 
-/// ProcessHost with steps, and with free choice of what the mirror says and of the policy.
+/// ProcessHost with steps, and with free choice of what the mirror says, of the policy, and of what is late.
 struct SteppedHost : ProcessHost {
     static StateWord state(Lock& l) { return StateWord(l.state); }
     static Stepped<uint8_t> wait_state(Waiter w) { return Stepped<uint8_t>(w->wait_state); }
@@ -124,6 +124,8 @@ struct SteppedHost : ProcessHost {
     static void set_spinner(Lock&) {}
     static SchedState look(uint16_t) { return me().hint; }
     static uint64_t spare_for_ticks() { return UINT64_MAX; }
+    static void note_wakeup(Lock&) {}
+    static bool is_wakeup_late(Lock&) { return explorer->choose(2) != 0; }
     static LockTask<SharedLock>& task() { return me().lock_task; }
     static void count(Lock&, LockEvent, uint64_t) {}
 };

@@ -38,6 +38,7 @@ using SeatList = boost::intrusive::list<Seat, boost::intrusive::constant_time_si
 struct SharedLock {
     uint32_t state = 1u << 29;  // release_ok
     std::atomic<uint16_t> owner{0}, spinner{0};
+    std::atomic<uint64_t> woken_at{0};
     SeatList waiters;
 };
 
@@ -105,6 +106,11 @@ struct ProcessHost {
         return {.watched = ticks, .unwatched = ticks / 5};
     }
     static uint64_t spare_for_ticks() { return 1000 * CycleClock::ticks_per_microsecond(); }
+    static void note_wakeup(Lock& l) { l.woken_at.store(CycleClock::now(), std::memory_order_relaxed); }
+    static bool is_wakeup_late(Lock& l) {
+        return CycleClock::since(l.woken_at.load(std::memory_order_relaxed)) >
+               100 * CycleClock::ticks_per_microsecond();
+    }
     static LockTask<SharedLock>& task() { return lock_task; }
     static void set_owner(Lock& l) { l.owner.store(slot, std::memory_order_relaxed); }
     static uint16_t owner(Lock& l) { return l.owner.load(std::memory_order_relaxed); }

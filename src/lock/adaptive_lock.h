@@ -33,7 +33,8 @@
  * - the spinner, until it acquires (then it is a holder, whose release comes) or clears the bit and makes its
  *   last attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody whose release
  *   happens after the bit was cleared: that release wakes, unless the next spinner has taken the duty over;
- * - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next attempt.
+ * - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next attempt. There may be
+ *   several of them (I5); the duty is each one's.
  *
  * I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change only under
  * `list_locked`; `has_waiters` and `until_free` describe the list whenever `list_locked` is clear.
@@ -43,6 +44,9 @@
  *
  * I4 (no starvation by spinners). A task that releases again and again spares wake-ups for at most
  * Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU.
+ *
+ * I5 (no convoy behind a woken task). Whoever was woken and does not run soon is waiting for a CPU. The others in the
+ * queue are not kept asleep by that: the next release wakes another.
  *
  * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself
  * (has_waiters, with the list behind it) before its last attempt, and a releaser gives up before it looks at
@@ -123,6 +127,7 @@ struct LockTask {
  * - sleep_begins, sleep_ended(Lock&, LockMode): reporting around a sleep
  * - policy(), budget(): the WaitPolicy and SpinBudget in force
  * - spare_for_ticks(): I4's bound, CycleClock ticks
+ * - note_wakeup(Lock&), is_wakeup_late(Lock&): a locker is being woken; it ought to run by now. A hint: see I5
  * - set_owner(Lock&), owner(Lock&): this task took the lock; the slot of who did
  * - set_spinner(Lock&), spinner(Lock&): likewise for the spinner
  * - look(slot): the SchedState of a slot, the mirror's word
@@ -333,7 +338,7 @@ class AdaptiveLock {
 
     /// The lock was freed, leaving `left` in the state word, which has waiters.
     [[gnu::noinline]] static void after_release(Lock& lock, uint32_t left) {
-        const bool lockers_may_go = (left & kBits.release_ok) != 0;
+        const bool lockers_may_go = (left & kBits.release_ok) != 0 || Host::is_wakeup_late(lock);
         if (lockers_may_go && !((left & kBits.spinner) && may_spare_wakeup(lock))) {
             wake_waiters(lock);
         } else {
@@ -367,11 +372,13 @@ class AdaptiveLock {
             }
             w = next;
         }
-        // A woken locker has the duty now (I1): no release wakes another one until it runs.
-        if (woke_locker)
+        // A woken locker has the duty now (I1): no release wakes another one until it runs, or is late.
+        if (woke_locker) {
+            Host::note_wakeup(lock);
             unlock_list(lock, 0, kBits.release_ok);
-        else
+        } else {
             unlock_list(lock, kBits.release_ok, 0);
+        }
         wake_all(lock, woken);
     }
 

@@ -31,6 +31,12 @@ class CycleClock {
 #endif
     }
 
+    /// Ticks that have passed since `then`, which may have been read on another CPU, whose counter is a little ahead.
+    static uint64_t since(uint64_t then) noexcept {
+        const auto passed = static_cast<int64_t>(now() - then);
+        return passed > 0 ? static_cast<uint64_t>(passed) : 0;
+    }
+
     /// Tells the processor that this is a spin loop: yields the sibling hyper-thread and the load ports.
     static void pause() noexcept {
 #if defined(__x86_64__)
