@@ -120,8 +120,7 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
         woken_at(lock).store(CycleClock::now(), std::memory_order_relaxed);
     }
     static bool is_wakeup_late(LWLock & lock) {
-        return CycleClock::since(woken_at(lock).load(std::memory_order_relaxed)) >
-               settings::kLateAfterMicroseconds * CycleClock::ticks_per_microsecond();
+        return CycleClock::since(woken_at(lock).load(std::memory_order_relaxed)) > spare_for_ticks();
     }
 
     static LockTask<LWLock>& task() {

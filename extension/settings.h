@@ -19,10 +19,9 @@ extern int sched_state;  // a SchedStateSource
 
 // Nothing is known of this owner: spin as briefly as a wake-up would take, whatever max_spin allows.
 constexpr int kUnwatchedSpinMicroseconds = 20;
-// A sleeper is passed over in favour of spinners for at most this long by one releaser.
+// A sleeper is passed over in favour of spinners for at most this long by one releaser, and for as long in favour of
+// one that was woken and does not run.
 constexpr int kSpareForMicroseconds = 1000;
-// A woken backend runs sooner than this, unless it has to wait for a CPU.
-constexpr int kLateAfterMicroseconds = 100;
 
 inline WaitPolicy policy() {
     return static_cast<WaitPolicy>(mode);

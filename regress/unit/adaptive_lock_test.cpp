@@ -257,6 +257,7 @@ TEST_F(AdaptiveLockTest, SpinnersCannotKeepASleeperAsleepForLong) {
 }
 
 TEST_F(AdaptiveLockTest, AWokenTaskThatDoesNotRunKeepsNobodyAsleepForLong) {
+    ProcessHost::wait_policy = WaitPolicy::owner;
     ProcessLock::acquire(lock_, LockMode::exclusive);
     auto other = sleeper();
     await_sleeper();

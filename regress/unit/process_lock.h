@@ -108,8 +108,7 @@ struct ProcessHost {
     static uint64_t spare_for_ticks() { return 1000 * CycleClock::ticks_per_microsecond(); }
     static void note_wakeup(Lock& l) { l.woken_at.store(CycleClock::now(), std::memory_order_relaxed); }
     static bool is_wakeup_late(Lock& l) {
-        return CycleClock::since(l.woken_at.load(std::memory_order_relaxed)) >
-               100 * CycleClock::ticks_per_microsecond();
+        return CycleClock::since(l.woken_at.load(std::memory_order_relaxed)) > spare_for_ticks();
     }
     static LockTask<SharedLock>& task() { return lock_task; }
     static void set_owner(Lock& l) { l.owner.store(slot, std::memory_order_relaxed); }

@@ -45,8 +45,9 @@
  * I4 (no starvation by spinners). A task that releases again and again spares wake-ups for at most
  * Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU.
  *
- * I5 (no convoy behind a woken task). Whoever was woken and does not run soon is waiting for a CPU. The others in the
- * queue are not kept asleep by that: the next release wakes another.
+ * I5 (no convoy behind a woken task). Whoever was woken and does not run soon (Host::is_wakeup_late()) is waiting for a
+ * CPU. The others in the queue are not kept asleep by that: the next release wakes another. But in policy park, as that
+ * is stock's way: without a spin most of them would be woken in vain.
  *
  * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself
  * (has_waiters, with the list behind it) before its last attempt, and a releaser gives up before it looks at
@@ -338,7 +339,8 @@ class AdaptiveLock {
 
     /// The lock was freed, leaving `left` in the state word, which has waiters.
     [[gnu::noinline]] static void after_release(Lock& lock, uint32_t left) {
-        const bool lockers_may_go = (left & kBits.release_ok) != 0 || Host::is_wakeup_late(lock);
+        const bool lockers_may_go = (left & kBits.release_ok) != 0 ||
+                                    (Host::policy() != WaitPolicy::park && Host::is_wakeup_late(lock));  // I5
         if (lockers_may_go && !((left & kBits.spinner) && may_spare_wakeup(lock))) {
             wake_waiters(lock);
         } else {
