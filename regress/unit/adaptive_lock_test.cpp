@@ -257,17 +257,22 @@ TEST_F(AdaptiveLockTest, SpinnersCannotKeepASleeperAsleepForLong) {
 }
 
 TEST_F(AdaptiveLockTest, AWokenTaskThatDoesNotRunKeepsNobodyAsleepForLong) {
-    ProcessHost::wait_policy = WaitPolicy::owner;
     ProcessLock::acquire(lock_, LockMode::exclusive);
     auto other = sleeper();
     await_sleeper();
     // As if somebody else had been woken, who has not come to run yet.
     ProcessHost::state(lock_).fetch_and(~kBits.release_ok);
     const uint64_t second = 1'000'000 * CycleClock::ticks_per_microsecond();
+    ProcessHost::wait_policy = WaitPolicy::owner;
     lock_.woken_at = CycleClock::now() + second;  // not late, however long this test is kept from running
     ProcessLock::release(lock_, LockMode::exclusive);
     EXPECT_EQ(counted(LockEvent::wakeup_sent), 0u);
     lock_.woken_at = CycleClock::now() - second;
+    ProcessHost::wait_policy = WaitPolicy::park;  // as stock
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    ProcessLock::release(lock_, LockMode::exclusive);
+    EXPECT_EQ(counted(LockEvent::wakeup_sent), 0u);
+    ProcessHost::wait_policy = WaitPolicy::owner;
     ProcessLock::acquire(lock_, LockMode::exclusive);
     ProcessLock::release(lock_, LockMode::exclusive);
     EXPECT_EQ(counted(LockEvent::wakeup_sent), 1u);

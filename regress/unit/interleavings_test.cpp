@@ -221,6 +221,7 @@ TEST_P(Interleavings, AreAllRight) {
 const Scenario kScenarios[] = {
     {"TwoWriters", {writer(2), writer(2)}, 4},
     {"ThreeWriters", {writer(), writer(), writer()}, 3},
+    {"WriterTurnsAndTwoWriters", {writer(2), writer(), writer()}, 3},
     {"WriterAndReaders", {writer(), reader(), reader()}, 3},
     {"WritersAndReader", {writer(), writer(), reader()}, 3},
     {"WriterAndReaderTurns", {writer(2), reader(2)}, 4},

@@ -33,8 +33,8 @@
  * - the spinner, until it acquires (then it is a holder, whose release comes) or clears the bit and makes its
  *   last attempt (phase 4), which finds the lock free (it is a holder again), or held by somebody whose release
  *   happens after the bit was cleared: that release wakes, unless the next spinner has taken the duty over;
- * - a task woken but not yet running (`release_ok` is clear): it sets `release_ok` before its next attempt. There may be
- *   several of them (I5); the duty is each one's.
+ * - a task woken but not yet running (whenever `release_ok` is clear there is one): it sets `release_ok` before its next
+ *   attempt. There may be several of them (I5); the duty is each one's.
  *
  * I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change only under
  * `list_locked`; `has_waiters` and `until_free` describe the list whenever `list_locked` is clear.
@@ -45,9 +45,10 @@
  * I4 (no starvation by spinners). A task that releases again and again spares wake-ups for at most
  * Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU.
  *
- * I5 (no convoy behind a woken task). Whoever was woken and does not run soon (Host::is_wakeup_late()) is waiting for a
- * CPU. The others in the queue are not kept asleep by that: the next release wakes another. But in policy park, as that
- * is stock's way: without a spin most of them would be woken in vain.
+ * I5 (no convoy behind a woken task; as far as Host::is_wakeup_late() knows, which is a hint). Whoever was woken and
+ * does not run soon is waiting for a CPU. The others in the queue are not kept asleep by that: the next release that
+ * spares nobody wakes another. But in policy park, as that is stock's way: without a spin most of them would be
+ * woken in vain.
  *
  * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself
  * (has_waiters, with the list behind it) before its last attempt, and a releaser gives up before it looks at
@@ -93,7 +94,7 @@ enum class LockEvent : uint8_t {
 /// Where a state word keeps what. The values are those of the lock's home (a PostgreSQL version, say).
 struct StateBits {
     uint32_t has_waiters;  ///< the wait list is not empty
-    uint32_t release_ok;   ///< no woken locker is still on its way
+    uint32_t release_ok;   ///< a release may wake lockers: the last one woken has come to run
     uint32_t list_locked;  ///< spinlock over the wait list
     uint32_t spinner;      ///< somebody spins for this lock
     uint32_t until_free;   ///< an until_free waiter is at the head of the wait list
