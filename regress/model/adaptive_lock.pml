@@ -22,7 +22,8 @@
  *     state without it, and asks for not_waiting alone.
  *   - Erasing a waiter from the waker's own list, and making it not_waiting, which publishes that.
  * Chosen freely whenever they are asked for: the policy, the mirror's answers, the time that I4 lets a releaser spare,
- * whether a wake-up is late, and the spinner's budget, which need only end. wake_all() wakes in any order, that of the list among them.
+ * whether a wake-up is late, and the spinner's budget, which need only end. wake_all() wakes in any order, that of the
+ * list among them.
  * All operations on the state word are sequentially consistent there; here every step is.
  *
  * Options (-D)

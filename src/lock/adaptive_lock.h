@@ -129,7 +129,7 @@ struct LockTask {
  * - sleep_begins, sleep_ended(Lock&, LockMode): reporting around a sleep
  * - policy(), budget(): the WaitPolicy and SpinBudget in force
  * - spare_for_ticks(): I4's bound, CycleClock ticks
- * - note_wakeup(Lock&), is_wakeup_late(Lock&): a locker is being woken; it ought to run by now. A hint: see I5
+ * - note_wakeup(Lock&), is_wakeup_late(Lock&): a locker is being woken; it ought to run by now, a hint (I5)
  * - set_owner(Lock&), owner(Lock&): this task took the lock; the slot of who did
  * - set_spinner(Lock&), spinner(Lock&): likewise for the spinner
  * - look(slot): the SchedState of a slot, the mirror's word
