@@ -49,14 +49,15 @@ class AdaptiveLockTest : public ::testing::Test {
         sit_down(seats_[0]);
     }
 
-    /// A second task that acquires the lock, does `inside`, and releases it.
-    template <class Inside>
-    std::thread acquirer(LockMode mode, WaitPolicy policy, SchedState (*hint)(SlotId), Inside inside) {
+    /// A second task that acquires the lock, releases it, and does `afterwards`.
+    template <class Afterwards>
+    std::thread acquirer(LockMode mode, WaitPolicy policy, SchedState (*hint)(SlotId),
+                         Afterwards afterwards) {
         return std::thread([=, this] {
             sit_down(seats_[1], policy, hint, 2);
             ProcessLock::acquire(lock_, mode);
-            inside();
             ProcessLock::release(lock_, mode);
+            afterwards();
         });
     }
     std::thread sleeper(LockMode mode = LockMode::exclusive) {
@@ -428,7 +429,7 @@ class PaceTest : public ::testing::Test {
         }
     }
     bool is_patient(int lock) const {
-        return learner_.pace(&locks_[lock]).first == SpinPace::patient().first;
+        return learner_.pace(&locks_[lock]).ticks == SpinPace::patient().ticks;
     }
 
   private:

@@ -70,7 +70,7 @@ struct SteppedHost {
             }
     }
     static bool starves(uint64_t) { return explorer->choose(2) == 1; }
-    static SpinPace pace(Lock&) { return {.first = 0, .longest = 0}; }
+    static SpinPace pace(Lock&) { return {.ticks = 0}; }
     static void waited(Lock&, bool) {}
     static uint64_t& sparing_since() { return stage->sparing_since[explorer->current()]; }
     static uint64_t spare_for_ticks() { return UINT64_MAX; }

@@ -106,9 +106,11 @@ struct StateBits {
 /// What a task keeps of its own between its calls. Starts empty; belongs to one task, also in memory that is shared.
 template <class Lock>
 struct LockTask {
-    PaceLearner pace;
     Lock* spinning_for = nullptr;  ///< the lock whose spinner bit is this task's
     uint64_t sparing_since = 0;    ///< 0: the last wake-up that was due was sent
+    Lock* spun_for = nullptr;      ///< got by a spin of `spun_ticks` that will be counted when it is released
+    uint64_t spun_ticks = 0;
+    PaceLearner pace;
 };
 
 /**
@@ -218,6 +220,8 @@ class AdaptiveLock {
         Host::task().pace.released(&lock, mode == LockMode::exclusive);
         if (is_free_with_waiters(left)) [[unlikely]]
             after_release(lock, left);
+        if (Host::task().spun_for == &lock) [[unlikely]]
+            count_deferred_spin(lock);
     }
 
     /// For a task that was thrown out of an acquire (an exit in a signal handler): nobody else would clear
@@ -305,19 +309,31 @@ class AdaptiveLock {
             Host::task().spinning_for = nullptr;
         }
 
-        Host::count(lock, LockEvent::spin_ticks, CycleClock::now() - start);
-        switch (end) {
-            case SpinEnd::acquired:
-                Host::count(lock, LockEvent::spin_acquired, 1);
-                return true;
-            case SpinEnd::owner_off_cpu:
-                Host::count(lock, LockEvent::owner_off_cpu, 1);
-                return false;
-            case SpinEnd::budget_spent:
-                Host::count(lock, LockEvent::budget_spent, 1);
-                return false;
+        LockTask<Lock>& task = Host::task();
+        const uint64_t ticks = CycleClock::now() - start;
+        if (end == SpinEnd::acquired && task.spun_for == nullptr) {
+            // Others wait by now: to count takes a fifth of a short hold. One such lock at a time; within its hold
+            // another spin is counted at once.
+            task.spun_for = &lock;
+            task.spun_ticks = ticks;
+        } else {
+            count_spin(lock, end, ticks);
         }
-        return false;
+        return end == SpinEnd::acquired;
+    }
+
+    static void count_spin(Lock& lock, SpinEnd end, uint64_t ticks) {
+        Host::count(lock, LockEvent::spin_ticks, ticks);
+        Host::count(lock,
+                    end == SpinEnd::acquired        ? LockEvent::spin_acquired
+                    : end == SpinEnd::owner_off_cpu ? LockEvent::owner_off_cpu
+                                                    : LockEvent::budget_spent,
+                    1);
+    }
+
+    [[gnu::noinline]] static void count_deferred_spin(Lock& lock) {
+        Host::task().spun_for = nullptr;
+        count_spin(lock, SpinEnd::acquired, Host::task().spun_ticks);
     }
 
     /// False if somebody else is. A spinner that the mirror shows off its CPU is replaced. It will still

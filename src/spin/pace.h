@@ -5,7 +5,7 @@
  * Every look takes the lock's cache line from the holder, and taking the lock over takes along the data that
  * it protects. So two kinds of locks want opposite things:
  *   - If holders stay away for longer than a hand-over takes, the lock is free after the hold, and every moment
- *     that it is not taken is lost. Look soon and often (quick).
+ *     that it is not taken is lost. Look at every turn of the spin (quick).
  *   - If holders are back sooner than that, one task that has the lock to itself turns faster, with everything
  *     in its cache, than two that hand it to and fro; more cores make it slower. Stay away, take over rarely
  *     (patient).
@@ -16,7 +16,7 @@
  * hand-over of the lock itself. It samples exclusive holds after a spin only; the uncontended
  * path pays a comparison at either end.
  *
- * Bounds: a wrong guess costs at most SpinPace::longest of waiting a look, and spins remain limited by their
+ * Bounds: a wrong guess costs at most SpinPace::patient() of waiting a look, and spins remain limited by their
  * budget. What little is known of gets the quick pace. Thread safety: a PaceLearner belongs to one task.
  */
 
@@ -27,17 +27,12 @@
 
 namespace adaptive {
 
-/// Times between looks, in CycleClock ticks: `first`, then doubling up to `longest`.
+/// The least time between looks.
 struct SpinPace {
-    uint64_t first;
-    uint64_t longest;
+    uint64_t ticks;  // CycleClock
 
-    static SpinPace quick() { return {.first = from_nanoseconds(50), .longest = from_nanoseconds(100)}; }
-    /// At every turn of the spin: where the lock's line is the lock's alone, or nearly so.
-    static SpinPace eager() { return {.first = 1, .longest = 1}; }
-    static SpinPace patient() {
-        return {.first = from_nanoseconds(10'000), .longest = from_nanoseconds(10'000)};
-    }
+    static SpinPace quick() { return {.ticks = 1}; }
+    static SpinPace patient() { return {.ticks = from_nanoseconds(10'000)}; }
 
     static uint64_t from_nanoseconds(uint64_t ns) { return ns * CycleClock::ticks_per_microsecond() / 1000; }
 };
@@ -69,11 +64,11 @@ class PaceLearner {
         since_ = CycleClock::now();
     }
 
-    SpinPace pace(const void* lock, const SpinPace& quick = SpinPace::quick()) const noexcept {
+    SpinPace pace(const void* lock) const noexcept {
         const Times& t = of(lock);
         const bool patience_pays =
             t.is_known() && t.turn_alone < t.hold_after_handover + SpinPace::from_nanoseconds(kHandOverNs);
-        return patience_pays ? SpinPace::patient() : quick;
+        return patience_pays ? SpinPace::patient() : SpinPace::quick();
     }
 
   private:

@@ -35,20 +35,21 @@ struct SpinBudget {
  * try_acquire: one attempt; it should only read unless the lock looks free, to leave the line to the holder.
  * owner: who the lock says has it; read with each attempt, from the same line.
  * state_of: SchedState of that owner; a spin that does not want to look returns on_cpu. Looked at between
- * attempts too: it must not touch the lock. The caller has just failed to take the lock, so the first attempt
- * comes after pace.first.
+ * attempts too: it must not touch the lock.
+ * pace: the least time between attempts. The caller has just failed to take the lock, so the first one comes
+ * after that time, too.
  */
 template <class TryAcquire, class Owner, class StateOf>
 inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& state_of,
-                             const SpinBudget& budget, const SpinPace& pace) {
+                             const SpinBudget& budget, SpinPace pace) {
     const uint64_t start = CycleClock::now();
-    uint64_t now = start, interval = pace.first;
+    uint64_t now = start;
     auto watched = owner();
     SchedState state = state_of(watched);
 
     for (;;) {
         const bool was_off_cpu = is_off_cpu(state);
-        for (const uint64_t next_look = now + interval; now < next_look; now = CycleClock::now()) {
+        for (const uint64_t next_look = now + pace.ticks; now < next_look; now = CycleClock::now()) {
             CycleClock::pause();
             state = state_of(watched);
             if (is_off_cpu(state)) break;
@@ -67,8 +68,6 @@ inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& 
         }
         if (now - start >= (state == SchedState::unknown ? budget.unwatched : budget.watched))
             return SpinEnd::budget_spent;
-
-        interval = interval * 2 < pace.longest ? interval * 2 : pace.longest;
     }
 }
 
