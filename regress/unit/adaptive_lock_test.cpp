@@ -121,6 +121,31 @@ TEST_F(AdaptiveLockTest, SpinsWhileTheOwnerRunsAndTakesTheLockWithoutSleeping) {
     EXPECT_EQ(lock_.state, kBits.release_ok) << "the spinner bit is given back";
 }
 
+TEST_F(AdaptiveLockTest, CountsEverySpinOnceWhenLocksAreHeldWithinEachOther) {
+    SharedLock inner;
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    ProcessLock::acquire(inner, LockMode::exclusive);
+    uint64_t while_held = 99, in_the_end = 99;
+    std::thread other([&] {
+        sit_down(seats_[1], WaitPolicy::owner, always_on_cpu, 2);
+        for (int turn = 0; turn < 2; turn++) {
+            ProcessLock::acquire(lock_, LockMode::exclusive);
+            if (turn == 0) ProcessLock::acquire(inner, LockMode::exclusive);
+            while_held = counted(LockEvent::spin_acquired);
+            if (turn == 0) ProcessLock::release(inner, LockMode::exclusive);
+            ProcessLock::release(lock_, LockMode::exclusive);
+        }
+        in_the_end = counted(LockEvent::spin_acquired);
+    });
+    await_bits(kBits.spinner);
+    ProcessLock::release(lock_, LockMode::exclusive);
+    while (!(ProcessHost::state(inner).load() & kBits.spinner)) std::this_thread::yield();
+    ProcessLock::release(inner, LockMode::exclusive);
+    other.join();
+    EXPECT_EQ(while_held, 2u) << "the second turn waits for nobody";
+    EXPECT_EQ(in_the_end, 2u);
+}
+
 TEST_F(AdaptiveLockTest, SleepsWhenTheOwnerIsOffItsCpu) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     uint64_t left = 0, slept = 0;
