@@ -157,6 +157,7 @@ void release_clear_var(LWLock* lock, server::Variable* variable, uint64 value) {
 // The lock stays held, by an I/O under way, and any process may be the one to release it.
 void disown(LWLock* lock) {
     if (forget(lock) == LW_EXCLUSIVE) LwlockHost::set_no_owner(*lock);
+    Waiting::disown(*lock);
     RESUME_INTERRUPTS();
 }
 

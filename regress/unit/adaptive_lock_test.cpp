@@ -131,7 +131,7 @@ TEST_F(AdaptiveLockTest, CountsEverySpinOnceWhenLocksAreHeldWithinEachOther) {
         for (int turn = 0; turn < 2; turn++) {
             ProcessLock::acquire(lock_, LockMode::exclusive);
             if (turn == 0) ProcessLock::acquire(inner, LockMode::exclusive);
-            while_held = counted(LockEvent::spin_acquired);
+            if (turn == 0) while_held = counted(LockEvent::spin_acquired);
             if (turn == 0) ProcessLock::release(inner, LockMode::exclusive);
             ProcessLock::release(lock_, LockMode::exclusive);
         }
@@ -142,8 +142,8 @@ TEST_F(AdaptiveLockTest, CountsEverySpinOnceWhenLocksAreHeldWithinEachOther) {
     while (!(ProcessHost::state(inner).load() & kBits.spinner)) std::this_thread::yield();
     ProcessLock::release(inner, LockMode::exclusive);
     other.join();
-    EXPECT_EQ(while_held, 2u) << "the second turn waits for nobody";
-    EXPECT_EQ(in_the_end, 2u);
+    EXPECT_EQ(while_held, 1u) << "the outer lock's spin is counted when that is released";
+    EXPECT_EQ(in_the_end, 2u) << "the second turn waits for nobody";
 }
 
 TEST_F(AdaptiveLockTest, SleepsWhenTheOwnerIsOffItsCpu) {

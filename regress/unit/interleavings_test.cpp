@@ -213,6 +213,8 @@ TEST_P(Interleavings, AreAllRight) {
                 return "a semaphore is out of balance";
             if (stage->players[i].seat.wait_state != 0) return "a task seems to wait";
             if (stage->players[i].lock_task.spinning_for) return "a task seems to spin";
+            if (!scenario.keeps_the_lock && stage->players[i].lock_task.spun_for)
+                return "a spin was not counted";
         }
         return {};
     });

@@ -126,7 +126,8 @@ struct SteppedHost {
         if (slot == mutex_word::kUnnamed || slot == 0) return SchedState::unknown;
         return explorer->choose(2) == 0 ? SchedState::on_cpu : SchedState::preempted;
     }
-    static SpinPace pace(uint64_t&) { return {.ticks = 0}; }
+    static SpinPace pace(uint64_t&) { return quick_pace(); }
+    static SpinPace quick_pace() { return {.ticks = 0}; }
     static void waited(uint64_t&, bool) {}
     static uint64_t& sparing_since() { return stage->sparing_since[explorer->current()]; }
     static uint64_t spare_for_ticks() { return UINT64_MAX; }

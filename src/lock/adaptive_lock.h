@@ -108,7 +108,7 @@ template <class Lock>
 struct LockTask {
     Lock* spinning_for = nullptr;  ///< the lock whose spinner bit is this task's
     uint64_t sparing_since = 0;    ///< 0: the last wake-up that was due was sent
-    Lock* spun_for = nullptr;      ///< got by a spin of `spun_ticks` that will be counted when it is released
+    Lock* spun_for = nullptr;      ///< got by a spin of `spun_ticks`, to be counted after the hold
     uint64_t spun_ticks = 0;
     PaceLearner pace;
 };
@@ -220,6 +220,11 @@ class AdaptiveLock {
         Host::task().pace.released(&lock, mode == LockMode::exclusive);
         if (is_free_with_waiters(left)) [[unlikely]]
             after_release(lock, left);
+        disown(lock);
+    }
+
+    /// The hold has ended for this task: it was released, or somebody else will release it.
+    static void disown(Lock& lock) {
         if (Host::task().spun_for == &lock) [[unlikely]]
             count_deferred_spin(lock);
     }

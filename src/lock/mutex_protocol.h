@@ -66,7 +66,7 @@
  * - wake(Lock&, how many, Sleeper): of that kind only
  * - starves(since): whether a wait that began then (CycleClock) has been long enough
  * - passed(deadline), budget(deadline): as a SpinBudget
- * - pace(Lock&), waited(Lock&, spun): what PaceLearner says, and is told
+ * - pace(Lock&), waited(Lock&, spun): what PaceLearner says, and is told; quick_pace(): where it has no say
  * - sparing_since(): see I3; spare_for_ticks()
  *
  * Thread and process safety: any number of tasks. Acquire and release order as std::mutex does.
@@ -289,7 +289,7 @@ class MutexProtocol {
         return spin_on_owner(
                    look_again, [&] { return owner_slot(seen); }, [](SlotId slot) { return Host::look(slot); },
                    Host::budget(deadline),
-                   office == kReserved ? SpinPace::quick() : Host::pace(lock)) == SpinEnd::acquired;
+                   office == kReserved ? Host::quick_pace() : Host::pace(lock)) == SpinEnd::acquired;
     }
 
     [[gnu::noinline]] static void release_contended(Lock& lock, uint64_t seen) {
@@ -362,6 +362,7 @@ struct FutexHost : ThisTaskHost {
     static bool passed(const Deadline& deadline) { return deadline.passed(); }
     static SpinBudget budget(const Deadline& deadline) { return spin_budget(deadline); }
     static SpinPace pace(uint64_t& lock) { return this_task().pace.pace(&lock); }
+    static SpinPace quick_pace() { return SpinPace::quick(); }
     static void waited(uint64_t& lock, bool spun) { this_task().pace.waited(&lock, spun); }
 };
 

@@ -150,7 +150,7 @@ class SharedProtocol {
                 return enter(lock, seen, 0);
             },
             [&] { return mutex_word::owner_slot(Host::word(lock.writers).load(std::memory_order_relaxed)); },
-            [](SlotId slot) { return Host::look(slot); }, Host::budget(deadline), SpinPace::quick());
+            [](SlotId slot) { return Host::look(slot); }, Host::budget(deadline), Host::quick_pace());
         if (end == SpinEnd::acquired) return true;
         if (Host::passed(deadline)) return false;
 
@@ -196,7 +196,7 @@ class SharedProtocol {
         };
         const SpinEnd end = spin_on_owner(
             have_left, [&] { return std::atomic_ref<SlotId>(lock.reader).load(std::memory_order_relaxed); },
-            [](SlotId slot) { return Host::look(slot); }, Host::budget(deadline), SpinPace::quick());
+            [](SlotId slot) { return Host::look(slot); }, Host::budget(deadline), Host::quick_pace());
         if (end == SpinEnd::acquired) return true;
 
         while (!have_left()) {

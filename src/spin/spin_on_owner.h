@@ -36,8 +36,8 @@ struct SpinBudget {
  * owner: who the lock says has it; read with each attempt, from the same line.
  * state_of: SchedState of that owner; a spin that does not want to look returns on_cpu. Looked at between
  * attempts too: it must not touch the lock.
- * pace: the least time between attempts. The caller has just failed to take the lock, so the first one comes
- * after that time, too.
+ * pace: the least time between attempts while the owner runs. The caller has just failed to take the lock, so the
+ * first one comes after that time, too.
  */
 template <class TryAcquire, class Owner, class StateOf>
 inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& state_of,
@@ -49,9 +49,10 @@ inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& 
 
     for (;;) {
         const bool was_off_cpu = is_off_cpu(state);
-        for (const uint64_t next_look = now + pace.ticks; now < next_look; now = CycleClock::now()) {
+        for (const uint64_t next_look = now + pace.ticks; now < next_look;) {
             CycleClock::pause();
             state = state_of(watched);
+            now = CycleClock::now();
             if (is_off_cpu(state)) break;
         }
         if (try_acquire()) return SpinEnd::acquired;
