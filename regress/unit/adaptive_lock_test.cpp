@@ -128,13 +128,14 @@ TEST_F(AdaptiveLockTest, CountsEverySpinOnceWhenLocksAreHeldWithinEachOther) {
     uint64_t while_held = 99, in_the_end = 99;
     std::thread other([&] {
         sit_down(seats_[1], WaitPolicy::owner, always_on_cpu, 2);
-        for (int turn = 0; turn < 2; turn++) {
-            ProcessLock::acquire(lock_, LockMode::exclusive);
-            if (turn == 0) ProcessLock::acquire(inner, LockMode::exclusive);
-            if (turn == 0) while_held = counted(LockEvent::spin_acquired);
-            if (turn == 0) ProcessLock::release(inner, LockMode::exclusive);
-            ProcessLock::release(lock_, LockMode::exclusive);
-        }
+        ProcessLock::acquire(lock_, LockMode::exclusive);
+        ProcessLock::acquire(inner, LockMode::exclusive);
+        while_held = counted(LockEvent::spin_acquired);
+        ProcessLock::release(inner, LockMode::exclusive);
+        ProcessLock::release(lock_, LockMode::exclusive);
+
+        ProcessLock::acquire(lock_, LockMode::exclusive);
+        ProcessLock::release(lock_, LockMode::exclusive);
         in_the_end = counted(LockEvent::spin_acquired);
     });
     await_bits(kBits.spinner);
