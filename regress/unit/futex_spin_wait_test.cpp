@@ -2,6 +2,8 @@
 // are gone, and ids that are used again.
 #include "lock/futex_spin_wait.h"
 
+#include <sys/resource.h>
+
 #include "lock_test.h"
 
 namespace adaptive::test {
@@ -89,23 +91,46 @@ TEST_P(FutexSpinWaitTest, WokenAsleepByAnOwnerThatSlept) {
     EXPECT_LT(cpu_seconds_of_thread() - used_before, 0.05) << "spun for a sleeping owner";
 }
 
-// The owner is found by its id, and spun for as long as it runs.
+/// How often the calling thread lost its CPU to another task.
+int64_t preemptions() {
+    rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nivcsw;
+}
+
+// The owner is found by its id, and spun for as long as it runs. Turns count in which neither task lost its CPU, to
+// another task or to another machine.
 TEST_P(FutexSpinWaitTest, WokenSpinningByAnOwnerThatComputes) {
     if (GetParam() == Source::off) GTEST_SKIP() << "nothing is known of owners";
     const int cpus = static_cast<int>(std::thread::hardware_concurrency());
     if (cpus < 2) GTEST_SKIP() << "one CPU: the owner does not run while we look";
     const ::test::RestoreAffinity restore;
     ::test::pin_to(cpus - 1);
-    int spinning = 0;
-    for (int i = 0; i < 20; i++) {
-        Owner owner([](FutexSpinWord& futex) {
-            compute(100us);
-            futex_spin_wake(futex, 1, kPrivate);
-        });
-        owner.begin = true;
-        spinning += futex_spin_wait(owner.futex, owner.tid(), kPrivate) == FutexSpinEnd::woken_spinning;
+    constexpr int kTurns = 10;
+    int undisturbed = 0, spinning = 0;
+    for (const double start = seconds(); undisturbed < kTurns && seconds() - start < 25;) {
+        double begun, sent;
+        int64_t lost = -preemptions(), lost_by_owner;
+        FutexSpinEnd end;
+        {
+            Owner owner([&](FutexSpinWord& futex) {
+                lost_by_owner = -preemptions();
+                compute(100us);
+                sent = seconds();
+                lost_by_owner += preemptions();
+                futex_spin_wake(futex, 1, kPrivate);
+            });
+            begun = seconds();
+            owner.begin = true;
+            end = futex_spin_wait(owner.futex, owner.tid(), kPrivate);
+            lost += preemptions();
+        }
+        if (lost != 0 || lost_by_owner != 0 || sent - begun > 130e-6) continue;
+        undisturbed++;
+        spinning += end == FutexSpinEnd::woken_spinning;
     }
-    EXPECT_GT(spinning, 0) << "of 20; on a busy machine the owner is preempted in some";
+    if (undisturbed < kTurns) GTEST_SKIP() << "the two hardly ever had a CPU each";
+    EXPECT_GT(spinning, kTurns / 2);
 }
 
 TEST_P(FutexSpinWaitTest, TimesOutSpinningAndAsleep) {
