@@ -10,12 +10,14 @@ from typing import List, Optional, Tuple
 from .results import REFERENCE, Results
 from .workloads import ALL
 
-COLORS = {"stock": "#7f7f7f", "park": "#4878cf", "blind": "#e8a33d", "owner": "#2f9e44", "pgbouncer": "#9b59b6"}
+COLORS = {"stock": "#7f7f7f", "park": "#4878cf", "blind": "#e8a33d", "owner": "#2f9e44", "control": "#c0b283",
+          "pgbouncer": "#9b59b6"}
 MODES = {
     "stock": "a server without the module",
     "park": "the module's copy of the server's own algorithm: queue and sleep at once",
     "blind": "spin for a while without looking at the owner, then sleep",
     "owner": "spin as long as the lock's owner is on a CPU, then sleep",
+    "control": "a second server without the module, with the same data: what it differs by is chance",
     "pgbouncer": "stock behind pgbouncer: transaction pooling, a pool of two connections per CPU, unnamed statements",
 }
 LOSS = "▼"
