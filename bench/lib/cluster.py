@@ -146,6 +146,7 @@ class Pgbouncer:
     PORT = 6432
 
     def __init__(self, cluster: Cluster, run_dir: str, pool: int, max_clients: int):
+        self.name = "pgbouncer"
         self.cluster = cluster
         self.run_dir = run_dir
         self.pool = pool

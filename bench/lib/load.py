@@ -1,16 +1,18 @@
 """One measured run: pgbench against a server, for a window of time in the middle of which nothing starts
-or ends.
+or ends; or against several servers at once, which run in slices of time, one at a time.
 
 pgbench makes all its connections first; the window opens after a warm-up and closes before pgbench is told to
 stop. Rates come from the per-transaction log: a transaction that is only partly inside the window counts with
 that part, so that a few long transactions are counted as exactly as many short ones.
 """
 
+import bisect
 import glob
 import os
 import signal
 import subprocess
 import time
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import List, Tuple
 
@@ -21,6 +23,9 @@ from .workloads import Workload
 
 WARM_UP = 0.15
 CONNECT_TIMEOUT = 60
+LASTING = 86400  # we end it
+# After a slice: until the servers are done with what was under way when pgbench was stopped.
+SETTLE = 0.02
 # A run may outlast its window by the transactions under way when it ends.
 FINISH_TIMEOUT = 120
 
@@ -35,65 +40,132 @@ class Sample:
     transactions: int
 
 
-def measure(server, pgbench: str, workload: Workload, clients: int, seconds: float, log_dir: str,
+class Pgbench:
+    """A load on a server (a Cluster or a Pgbouncer), from all clients being connected to close()."""
+
+    def __init__(self, server, program: str, workload: Workload, clients: int, log_dir: str, protocol: str = "prepared"):
+        self.what = f"{workload.name} with {clients} clients"
+        self.roots = server.pids()
+        self.idle_children = sum(len(processes.children(pid)) for pid in self.roots)
+        self.prefix = os.path.join(log_dir, f"transactions_{server.name}")
+        script = os.path.join(log_dir, os.path.basename(workload.script()))
+        _publish(workload.script(), script)
+
+        variables = {"clients": clients}
+        if workload.lock:
+            variables.update(workload.lock.variables())
+        args = [program, "-n", "-M", protocol, "-c", str(clients), "-j", "1", "-T", str(LASTING),
+                "-l", "--log-prefix", self.prefix, "-f", script, "-U", "postgres"]
+        for name, value in variables.items():
+            args += ["-D", f"{name}={value}"]
+        args += server.address() + ["postgres"]
+        self.errors = open(self.prefix + ".err", "w+")
+        # A signal that also ends a stopped process.
+        self.process = processes.start(args, signal.SIGKILL, stdout=subprocess.DEVNULL, stderr=self.errors)
+        try:
+            _wait_until_connected(self.process, clients)
+        except BaseException:
+            self.close()
+            raise
+
+    def send(self, sig: int) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(sig)
+
+    def finish(self) -> List[Tuple[float, int]]:
+        """Ends the load, a stopped one too, as its own timer would, with what is under way. Returns every transaction:
+        read_log().
+        """
+        self.send(signal.SIGALRM)
+        self.send(signal.SIGCONT)
+        try:
+            code = self.process.wait(FINISH_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"{self.what} did not end within {FINISH_TIMEOUT} s")
+        self.errors.seek(0)
+        message = self.errors.read()
+        if code != 0 or "aborted" in message:
+            raise BenchError(f"{self.what} failed: {last_line(message)}")
+        finished = read_log(self._logs())
+        self.close()
+        _wait_until_idle(self.roots, self.idle_children)
+        return finished
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.errors.close()
+        for path in self._logs():
+            os.unlink(path)
+
+    def _logs(self) -> List[str]:
+        return glob.glob(self.prefix + ".[0-9]*")
+
+
+def measure(server, program: str, workload: Workload, clients: int, seconds: float, log_dir: str,
             protocol: str = "prepared") -> Sample:
-    """`server` is a Cluster or a Pgbouncer."""
-    prefix = os.path.join(log_dir, "transactions")
-    script = os.path.join(log_dir, os.path.basename(workload.script()))
-    _publish(workload.script(), script)
-
-    variables = {"clients": clients}
-    if workload.lock:
-        variables.update(workload.lock.variables())
-    args = [pgbench, "-n", "-M", protocol, "-c", str(clients), "-j", "1", "-T", str(int(seconds) + CONNECT_TIMEOUT),
-            "-l", "--log-prefix", prefix, "-f", script, "-U", "postgres"]
-    for name, value in variables.items():
-        args += ["-D", f"{name}={value}"]
-    args += server.address() + ["postgres"]
-
     if workload.lock:
         server.longest_wait()  # from now on
-    roots = server.pids()
-    idle_children = sum(len(processes.children(pid)) for pid in roots)
-    with open(os.path.join(log_dir, "pgbench.err"), "w+") as errors:
-        process = processes.start(args, signal.SIGTERM, stdout=subprocess.DEVNULL, stderr=errors)
-        try:
-            _wait_until_connected(process, clients)
-            time.sleep(WARM_UP)
-            before = processes.Usage(roots)
-            time.sleep(seconds)
-            after = processes.Usage(roots)
-            if process.poll() is None:
-                # As its own timer would: finish what is under way, then end.
-                process.send_signal(signal.SIGALRM)
-            try:
-                code = process.wait(FINISH_TIMEOUT)
-            except subprocess.TimeoutExpired:
-                raise BenchError(f"{workload.name} with {clients} clients did not end within {FINISH_TIMEOUT} s")
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        errors.seek(0)
-        message = errors.read()
-    logs = glob.glob(prefix + ".*")
-    try:
-        if code != 0 or "aborted" in message:
-            raise BenchError(f"{workload.name} with {clients} clients failed: {last_line(message)}")
-        finished = read_log(logs)
-    finally:
-        for path in logs:
-            os.unlink(path)
-    _wait_until_idle(roots, idle_children)
+    with closing(Pgbench(server, program, workload, clients, log_dir, protocol)) as load:
+        time.sleep(WARM_UP)
+        before = processes.Usage(load.roots)
+        time.sleep(seconds)
+        after = processes.Usage(load.roots)
+        finished = load.finish()
 
     count, latencies = in_window(finished, before.when, after.when)
     if count <= 0:
-        raise BenchError(f"{workload.name} with {clients} clients: no transaction in {seconds} s")
+        raise BenchError(f"{load.what}: no transaction in {seconds} s")
     cpu = after.cpu_seconds - before.cpu_seconds
     return Sample(tps=count / (after.when - before.when), cpu_seconds_per_1000_tx=1000 * cpu / count,
                   latency_p99_ms=percentile(latencies, 99) / 1000,
                   sleeps_per_1000_tx=1000 * after.sleeps_since(before) / count,
                   longest_wait_ms=server.longest_wait() if workload.lock else 0.0, transactions=len(latencies))
+
+
+def measure_in_slices(clusters: List, program: str, workload: Workload, clients: int, seconds: float, slice_seconds: float,
+                      log_dir: str) -> List[Sample]:
+    """A sample of each cluster, `seconds` long, all from the same time: every cluster has its load, and one after the other
+    has the machine for `slice_seconds` while the other loads are stopped. What lasts for longer than a slice disturbs
+    all of them alike.
+
+    No latencies and waits: they would contain the stops. What is under way when a load is stopped, at most a transaction
+    a client, is finished outside the slice and counted in the next one: a difference comes out too small by their share
+    in a slice, so a slice should be long against a transaction of all the clients.
+    """
+    with ExitStack() as stack:
+        loads = []
+        for cluster in clusters:
+            loads.append(stack.enter_context(closing(Pgbench(cluster, program, workload, clients, log_dir))))
+            time.sleep(WARM_UP)
+            loads[-1].send(signal.SIGSTOP)
+        time.sleep(SETTLE)
+        slices = {load: [] for load in loads}
+        for turn in range(max(1, round(seconds / slice_seconds))):
+            first = turn % len(loads)
+            for load in loads[first:] + loads[:first]:
+                before = processes.Usage(load.roots)
+                begin = time.time()
+                load.send(signal.SIGCONT)
+                time.sleep(slice_seconds)
+                load.send(signal.SIGSTOP)
+                end = time.time()
+                time.sleep(SETTLE)
+                slices[load].append((begin, end, before, processes.Usage(load.roots)))
+        return [_of_slices(load, slices[load], load.finish()) for load in loads]
+
+
+def _of_slices(load: Pgbench, slices: List, finished: List[Tuple[float, int]]) -> Sample:
+    ends = sorted(end for end, _ in finished)
+    count = sum(bisect.bisect(ends, after.when) - bisect.bisect(ends, begin) for begin, _, _, after in slices)
+    if count == 0:
+        raise BenchError(f"{load.what}: no transaction ended in {len(slices)} slices: longer ones (--slices), or more (--seconds)")
+    seconds = sum(end - begin for begin, end, _, _ in slices)
+    cpu = sum(after.cpu_seconds - before.cpu_seconds for _, _, before, after in slices)
+    sleeps = sum(after.sleeps_since(before) for _, _, before, after in slices)
+    return Sample(tps=count / seconds, cpu_seconds_per_1000_tx=1000 * cpu / count, latency_p99_ms=0.0,
+                  sleeps_per_1000_tx=1000 * sleeps / count, longest_wait_ms=0.0, transactions=count)
 
 
 def read_log(paths: List[str]) -> List[Tuple[float, int]]:

@@ -61,6 +61,8 @@ def text_table(results: Results) -> str:
 def summary_line(machine: dict) -> str:
     line = (f"{machine['server_version']} on {count(machine['cpus'], 'CPU')} ({machine['cpu_model']}), "
             f"{count(machine['rounds'], 'round')} of {machine['seconds']:g} s")
+    if machine.get("slice_ms"):
+        line += f" in slices of {machine['slice_ms']:g} ms"
     if machine.get("sched_state_source"):
         line += f"; sched_state source: {machine['sched_state_source']}"
         if machine.get("sched_state_reason"):
