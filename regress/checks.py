@@ -16,7 +16,7 @@ def check(what, condition, *, saw=None):
 
 def run(*command, **environment):
     return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                          timeout=200, env=dict(os.environ, **environment))
+                          timeout=150, env=dict(os.environ, **environment))
 
 
 def refuses(code, text, *command):
