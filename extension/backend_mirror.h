@@ -38,8 +38,9 @@ BackendSlot of_backend(int proc_number);
 
 /// What is believed of a lock and has no room in it.
 struct alignas(64) LockHints {
-    SlotId spinner;     // who spins for it
-    uint64_t woken_at;  // when a locker who waits for it was last woken, CycleClock ticks
+    SlotId spinner;           // who spins for it
+    uint64_t spinning_since;  // since when, CycleClock ticks
+    uint64_t woken_at;        // when a locker who waits for it was last woken, likewise
 };
 
 #pragma GCC visibility push(hidden)  // reached without a detour through the global offset table

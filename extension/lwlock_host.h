@@ -138,6 +138,10 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
     }
     static void set_spinner(LWLock & lock) {
         spinner_of(lock).store(backend_mirror::slot(), std::memory_order_relaxed);
+        spinning_since(lock).store(CycleClock::now(), std::memory_order_relaxed);
+    }
+    static bool is_spinner_overdue(LWLock & lock) {
+        return CycleClock::since(spinning_since(lock).load(std::memory_order_relaxed)) > spare_for_ticks();
     }
     static SlotId spinner(LWLock & lock) {
         return spinner_of(lock).load(std::memory_order_relaxed);
@@ -160,6 +164,9 @@ struct [[gnu::visibility("hidden")]] LwlockHost {
     }
     static std::atomic_ref<SlotId> spinner_of(LWLock & lock) {
         return std::atomic_ref<SlotId>(backend_mirror::hints_of(&lock).spinner);
+    }
+    static std::atomic_ref<uint64_t> spinning_since(LWLock & lock) {
+        return std::atomic_ref<uint64_t>(backend_mirror::hints_of(&lock).spinning_since);
     }
     static std::atomic_ref<uint64_t> woken_at(LWLock & lock) {
         return std::atomic_ref<uint64_t>(backend_mirror::hints_of(&lock).woken_at);

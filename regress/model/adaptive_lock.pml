@@ -141,7 +141,9 @@ inline queue_self(as, in_front)
         if
         :: as == until_free -> push_head(me)
 #ifndef MUTATE_IN_FRONT_OF_BYSTANDERS
-        :: as != until_free && in_front && (listed == 0 || wait_mode[list[0]] != until_free) -> push_head(me)
+        :: as != until_free && in_front && held_exclusively && (listed == 0 || wait_mode[list[0]] != until_free) ->
+            push_head(me)
+        :: as != until_free && in_front -> push_tail(me) /* policy park */
 #else
         :: as != until_free && in_front -> push_head(me)
 #endif

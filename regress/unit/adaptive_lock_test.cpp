@@ -416,6 +416,69 @@ TEST_F(AdaptiveLockTest, ASpinnerThrownOutOfItsAcquireLeavesNobodyAsleep) {
     EXPECT_EQ(lock_.state, kBits.release_ok);
 }
 
+TEST_F(AdaptiveLockTest, ASpinnerOfWhomNothingIsKnownIsSparedForATimeOnly) {
+    ProcessHost::hint = [](SlotId) { return SchedState::unknown; };
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    auto other = sleeper();
+    await_sleeper();
+    pretend_spinner();
+    const uint64_t second = 1'000'000 * CycleClock::ticks_per_microsecond();
+    lock_.spinning_since =
+        CycleClock::now() + second;  // not overdue, however long this test is kept from running
+    ProcessLock::release(lock_, LockMode::exclusive);
+    EXPECT_EQ(counted(LockEvent::wakeup_spared), 1u);
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    ProcessHost::lock_task.sparing_since = 0;  // as another releaser, who has not spared yet
+    lock_.spinning_since = CycleClock::now() - second;
+    ProcessLock::release(lock_, LockMode::exclusive);
+    EXPECT_EQ(counted(LockEvent::wakeup_sent), 1u) << "nobody would wake the sleeper";
+    other.join();
+    EXPECT_EQ(passed_, 1);
+}
+
+TEST_F(AdaptiveLockTest, AWriterThatFindsReadersDoesNotKeepSleepingReadersOut) {
+    for (const WaitPolicy policy : {WaitPolicy::park, WaitPolicy::owner}) {
+        ProcessLock::acquire(lock_, LockMode::exclusive);
+        static SharedLock* lock;
+        lock = &lock_;
+        std::atomic<bool> writer_passed{false}, reader_passed{false};
+        std::thread writer([&] {
+            sit_down(seats_[1], policy, always_blocked, 2);
+            // Woken, it finds that a reader has come first.
+            ProcessHost::after_sleep = [] { ProcessLock::acquire_conditionally(*lock, LockMode::shared); };
+            ProcessLock::acquire(lock_, LockMode::exclusive);
+            writer_passed = true;
+            ProcessLock::release(lock_, LockMode::exclusive);
+        });
+        while (!seats_[1].asleep) std::this_thread::yield();
+        Seat third;
+        sem_init(&third.semaphore, 0, 0);
+        std::thread reader([&] {
+            sit_down(third, policy, always_blocked, 3);
+            ProcessLock::acquire(lock_, LockMode::shared);
+            reader_passed = true;
+            while (reader_passed) std::this_thread::yield();
+            ProcessLock::release(lock_, LockMode::shared);
+        });
+        while (!third.asleep) std::this_thread::yield();
+
+        ProcessLock::release(lock_, LockMode::exclusive);
+        while (!(ProcessHost::state(lock_).load() & kBits.held_mask)) std::this_thread::yield();
+        while (!seats_[1].asleep) std::this_thread::yield();
+        await_sleeper();
+        ProcessLock::release(lock_, LockMode::shared);  // a free moment, the reader's
+        const auto start = std::chrono::steady_clock::now();
+        while (!reader_passed && !writer_passed && std::chrono::steady_clock::now() - start < 5s)
+            std::this_thread::yield();
+        EXPECT_TRUE(reader_passed) << "the writer was woken once more, in policy "
+                                   << static_cast<int>(policy);
+        while (!reader_passed) std::this_thread::yield();
+        reader_passed = false;
+        reader.join();
+        writer.join();
+    }
+}
+
 TEST_F(AdaptiveLockTest, QueueingTwiceIsNotSurvived) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     seats_[0].wait_state = static_cast<uint8_t>(WaitState::waiting);

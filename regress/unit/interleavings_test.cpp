@@ -18,7 +18,7 @@ struct Player {
     int semaphore = 0;
     LockTask<SharedLock> lock_task;
     SchedState hint = SchedState::on_cpu;
-    bool is_thrown_out = false;
+    bool may_leave = false;  // in the middle of its acquire, until it has queued
     bool is_listed = false;  // on whichever list
     unsigned owed = 0;       // the bystanders that this task's release has to wake, as a set
 };
@@ -45,9 +45,32 @@ unsigned set_of(const Seat* seat) {
     return 1u << (&player_of(seat) - stage->players);
 }
 
+/// Between any two steps of its spin a task may leave, as an exit in a signal handler does.
+void point_to_leave() {
+    if (me().may_leave && explorer->choose(2) != 0) {
+        me().may_leave = false;
+        throw ThrownOut();
+    }
+}
+
 /// The state word. Who gives a hold up notes whom I3 has woken when the release is over.
 struct StateWord : Stepped<uint32_t> {
     using Stepped::Stepped;
+    uint32_t load(std::memory_order = {}) const {
+        const uint32_t seen = Stepped::load();
+        point_to_leave();
+        return seen;
+    }
+    uint32_t fetch_or(uint32_t bits) {
+        const uint32_t before = Stepped::fetch_or(bits);
+        if (bits == ProcessHost::kBits.spinner) point_to_leave();
+        return before;
+    }
+    uint32_t fetch_and(uint32_t bits) {
+        const uint32_t before = Stepped::fetch_and(bits);
+        if (bits == ~ProcessHost::kBits.spinner) point_to_leave();
+        return before;
+    }
     uint32_t fetch_sub(uint32_t hold) {
         const uint32_t before = Stepped::fetch_sub(hold);
         constexpr uint32_t kFreeAndListKnown = ProcessHost::kBits.held_mask | ProcessHost::kBits.list_locked;
@@ -62,7 +85,10 @@ struct StateWord : Stepped<uint32_t> {
 struct SteppedHost : ProcessHost {
     static StateWord state(Lock& l) { return StateWord(l.state); }
     static Stepped<uint8_t> wait_state(Waiter w) { return Stepped<uint8_t>(w->wait_state); }
-    static Waiter self() { return &me().seat; }
+    static Waiter self() {
+        me().may_leave = false;
+        return &me().seat;
+    }
     static void queued_already() { explorer->fail("queued twice"); }
 
     // I2: the lock's own list is touched under its lock only.
@@ -117,11 +143,12 @@ struct SteppedHost : ProcessHost {
         return 0;
     }
     static uint16_t owner(Lock&) {
-        if (std::exchange(me().is_thrown_out, false)) throw ThrownOut();
+        point_to_leave();
         return 0;
     }
     static void set_owner(Lock&) {}
-    static void set_spinner(Lock&) {}
+    static void set_spinner(Lock&) { point_to_leave(); }
+    static bool is_spinner_overdue(Lock&) { return explorer->choose(2) != 0; }
     static SchedState look(uint16_t) { return me().hint; }
     static uint64_t spare_for_ticks() { return UINT64_MAX; }
     static void note_wakeup(Lock&) {}
@@ -172,14 +199,19 @@ Explorer::Task updates_variable(bool and_releases) {
         if (and_releases) Waiting::release(stage->lock, LockMode::exclusive);
     };
 }
-/// Leaves its spin, if it comes to that, as an exit in a signal handler does.
-Explorer::Task thrown_out() {
-    return [] {
-        me().is_thrown_out = true;
+/// Leaves its spin at any point. An exit in a signal handler takes locks, or first gives back what was left.
+Explorer::Task thrown_out(bool takes_a_lock = false) {
+    return [=] {
+        me().may_leave = true;
         try {
             Waiting::acquire(stage->lock, LockMode::exclusive);
+            me().may_leave = false;
             hold(LockMode::exclusive);
         } catch (const ThrownOut&) {
+            if (takes_a_lock) {
+                Waiting::acquire(stage->lock, LockMode::shared);
+                hold(LockMode::shared);
+            }
             Waiting::abandon_spin();
         }
     };
@@ -236,6 +268,7 @@ const Scenario kScenarios[] = {
     {"VariableAndWriter", {updates_variable(true), waits_for_variable(), writer()}, 3},
     {"ForeignPost", {writer(), writer(), posts_on(0)}, 3, false, 1},
     {"WritersAndOneThrownOut", {writer(), writer(), thrown_out()}, 3},
+    {"WritersAndOneThrownOutThatTakesALock", {writer(), writer(), thrown_out(true)}, 2},
 };
 INSTANTIATE_TEST_SUITE_P(AdaptiveLock, Interleavings, ::testing::ValuesIn(kScenarios),
                          [](const auto& scenario) { return scenario.param.name; });

@@ -38,7 +38,7 @@ using SeatList = boost::intrusive::list<Seat, boost::intrusive::constant_time_si
 struct SharedLock {
     uint32_t state = 1u << 29;  // release_ok
     std::atomic<uint16_t> owner{0}, spinner{0};
-    std::atomic<uint64_t> woken_at{0};
+    std::atomic<uint64_t> spinning_since{0}, woken_at{0};
     SeatList waiters;
 };
 
@@ -97,7 +97,12 @@ struct ProcessHost {
     }
     static void wake(Waiter w) { sem_post(&w->semaphore); }
     static void sleep_begins(Lock&, LockMode) { seat->asleep = true; }
-    static void sleep_ended(Lock&, LockMode) { seat->asleep = false; }
+    /// A test's chance to let something happen between a wake-up and the attempt that follows. Runs once.
+    static inline thread_local void (*after_sleep)() = nullptr;
+    static void sleep_ended(Lock&, LockMode) {
+        seat->asleep = false;
+        if (auto* hook = std::exchange(after_sleep, nullptr)) hook();
+    }
     static void lock_list_contended(Lock&) { sched_yield(); }
 
     static WaitPolicy policy() { return wait_policy; }
@@ -113,7 +118,13 @@ struct ProcessHost {
     static LockTask<SharedLock>& task() { return lock_task; }
     static void set_owner(Lock& l) { l.owner.store(slot, std::memory_order_relaxed); }
     static uint16_t owner(Lock& l) { return l.owner.load(std::memory_order_relaxed); }
-    static void set_spinner(Lock& l) { l.spinner.store(slot, std::memory_order_relaxed); }
+    static void set_spinner(Lock& l) {
+        l.spinner.store(slot, std::memory_order_relaxed);
+        l.spinning_since.store(CycleClock::now(), std::memory_order_relaxed);
+    }
+    static bool is_spinner_overdue(Lock& l) {
+        return CycleClock::since(l.spinning_since.load(std::memory_order_relaxed)) > spare_for_ticks();
+    }
     static uint16_t spinner(Lock& l) { return l.spinner.load(std::memory_order_relaxed); }
     static SchedState look(uint16_t slot) { return hint(slot); }
     static void count(Lock&, LockEvent e, uint64_t n) { counts[static_cast<int>(e)] += n; }

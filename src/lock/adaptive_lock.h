@@ -17,8 +17,10 @@
  * 2. spin on owner: attempt again and again until the owner is off its CPU or the budget is spent. A writer
  *    does so only as *the* spinner (bit `spinner`), unless one runs already: one keeps the line quiet.
  *    Readers, who can all enter together, spin without the bit.
- * 3. queue: put yourself on the wait list, at its end; in front, if you were woken and found the lock taken
- *    again, so that those who come in between cannot pass you for ever.
+ * 3. queue: put yourself on the wait list, at its end; in front, if you were woken and found the lock taken by a
+ *    writer again, so that those who come in between cannot pass you for ever. A writer that found it taken by
+ *    readers goes to the end: in front, each moment without a hold would wake only that writer, and readers who
+ *    could enter beside the others would sleep behind it. In policy park everybody does, as in the server.
  * 4. last attempt: the lock may have been freed between 1 and 3, when nobody could know that you would sleep.
  * 5. sleep; when woken, start again at 1.
  *
@@ -43,7 +45,12 @@
  * them, spinner or not.
  *
  * I4 (no starvation by spinners). A task that releases again and again spares wake-ups for at most
- * Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU.
+ * Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU, or of whom nothing is
+ * known and that began so long ago (Host::is_spinner_overdue()).
+ *
+ * I6 (no trace). A task that leaves in the middle of a spin, by an exit in a signal handler, leaves its bit behind. It
+ * notes the lock before it sets the bit, so that abandon_spin() finds it. Every acquire that has to wait calls that
+ * first, as the exit may itself take locks.
  *
  * I5 (no convoy behind a woken task; as far as Host::is_wakeup_late() knows, which is a hint). Whoever was woken and
  * does not run soon is waiting for a CPU. The others in the queue are not kept asleep by that: the next release that
@@ -134,6 +141,7 @@ struct LockTask {
  * - note_wakeup(Lock&), is_wakeup_late(Lock&): a locker is being woken; it ought to run by now, a hint (I5)
  * - set_owner(Lock&), owner(Lock&): this task took the lock; the slot of who did
  * - set_spinner(Lock&), spinner(Lock&): likewise for the spinner
+ * - is_spinner_overdue(Lock&): the last set_spinner() was longer ago than spare_for_ticks(), a hint (I4)
  * - look(slot): the SchedState of a slot, the mirror's word
  * - task(): this task's LockTask
  * - count(Lock&, LockEvent, uint64_t)
@@ -168,7 +176,7 @@ class AdaptiveLock {
             Host::set_owner(lock);
             return true;
         }
-        Host::count(lock, LockEvent::contended, 1);
+        begin_to_wait(lock);
         queue_self(lock, LockMode::until_free);
         if (attempt(lock, mode)) {
             dequeue_self(lock);
@@ -188,6 +196,7 @@ class AdaptiveLock {
         for (;;) {
             if (!held_exclusively(lock)) return true;
             if (settled()) return false;
+            abandon_spin();
 
             // From here on, a release or an update wakes us (I3). What happened before is seen by looking
             // again: a change inside an update() that did not find us came before, on the state word.
@@ -230,7 +239,7 @@ class AdaptiveLock {
     }
 
     /// For a task that was thrown out of an acquire (an exit in a signal handler): nobody else would clear
-    /// its bit.
+    /// its bit (I6). Otherwise it does nothing.
     static void abandon_spin() {
         if (Host::task().spinning_for == nullptr) return;
         Lock& lock = *std::exchange(Host::task().spinning_for, nullptr);
@@ -274,14 +283,20 @@ class AdaptiveLock {
         return true;
     }
 
-    [[gnu::noinline]] static void acquire_contended(Lock& lock, LockMode mode) {
+    static void begin_to_wait(Lock& lock) {
+        abandon_spin();  // left over from an acquire that this one interrupted
         Host::count(lock, LockEvent::contended, 1);
+    }
+
+    [[gnu::noinline]] static void acquire_contended(Lock& lock, LockMode mode) {
+        begin_to_wait(lock);
         bool spun = false;
         for (bool woken_in_vain = false;; woken_in_vain = true) {
             spun = spin(lock, mode);
             if (spun) break;
 
-            queue_self(lock, mode, woken_in_vain);
+            queue_self(lock, mode,
+                       woken_in_vain && Host::policy() != WaitPolicy::park && held_exclusively(lock));
             if (attempt(lock, mode)) {  // the last attempt: I1 rests on it
                 dequeue_self(lock);
                 break;
@@ -341,20 +356,25 @@ class AdaptiveLock {
         count_spin(lock, SpinEnd::acquired, Host::task().spun_ticks);
     }
 
-    /// False if somebody else is. A spinner that the mirror shows off its CPU is replaced. It will still
+    /// False if somebody else is. A spinner that does not seem to spin any more is replaced. It will still
     /// believe in its role when it runs again: then two spin, and the first to end clears the bit for both.
     /// That spares less and never too much: whoever spins clears the bit at the end, so it is never set
     /// without somebody who owes I1's last attempt.
     static bool become_spinner(Lock& lock) {
-        abandon_spin();  // left over from an acquire that this one interrupted
         auto state = Host::state(lock);
-        if ((state.load(std::memory_order_relaxed) & kBits.spinner) &&
-            !is_off_cpu(Host::look(Host::spinner(lock))))
-            return false;
-        state.fetch_or(kBits.spinner);
+        if ((state.load(std::memory_order_relaxed) & kBits.spinner) && seems_to_spin(lock)) return false;
+        // The note comes first, and the bit last: an exit in a signal handler may come between any two (I6).
         Host::task().spinning_for = &lock;
         Host::set_spinner(lock);
+        std::atomic_signal_fence(std::memory_order_seq_cst);
+        state.fetch_or(kBits.spinner);
         return true;
+    }
+
+    /// Of the spinner that the state word shows. The bit of one of whom nothing is known may have been left behind.
+    static bool seems_to_spin(Lock& lock) {
+        const SchedState state = Host::look(Host::spinner(lock));
+        return state == SchedState::unknown ? !Host::is_spinner_overdue(lock) : !is_off_cpu(state);
     }
 
     // ---- the releaser ----
@@ -376,7 +396,7 @@ class AdaptiveLock {
         const uint64_t now = CycleClock::now();
         uint64_t& since = Host::task().sparing_since;
         if (since == 0) since = now;
-        return now - since < Host::spare_for_ticks() && !is_off_cpu(Host::look(Host::spinner(lock)));
+        return now - since < Host::spare_for_ticks() && seems_to_spin(lock);
     }
 
     /// Wakes those at the head of the list who can go: bystanders, and one writer or the readers before it.
