@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <sys/sysinfo.h>
 
+#include "mirror/error.h"
 #include "settings.h"
 
 extern "C" {
@@ -35,8 +36,8 @@ struct Shared {
 };
 
 Shared* shared = nullptr;
-Source wanted = Source::off;  // what the postmaster chose at start
-char not_bpf_reason[sizeof(Error::text)];
+Source wanted = Source::off;                        // what the postmaster chose at start
+char not_bpf_reason[2 * sizeof(Error::text) + 16];  // of two sources, it may be
 constexpr char kStaleReason[] =
     "the mirror is stale, the kernel records no switches in it: "
     "run `schedmirror unload` and `schedmirror load` as root";
@@ -47,7 +48,7 @@ int backends() {
     return MaxBackends + NUM_AUXILIARY_PROCS + max_prepared_xacts;
 }
 
-// The rseq source's slots are PGPROC numbers + 1, and 0 is nobody.
+// The rseq source's slots are PGPROC numbers + 1, and 0 is nobody. A server with more PGPROCs does without.
 uint32_t rseq_slots() {
     return Min(static_cast<uint32_t>(backends()) + 1, SCHED_MIRROR_MAX_SLOTS);
 }
@@ -89,6 +90,16 @@ bool attach(Error* error) {
     return false;
 }
 
+bool open_rseq(void* table, Error* error) {
+    if (static_cast<uint32_t>(backends()) >= SCHED_MIRROR_MAX_SLOTS)
+        return fail(
+            error,
+            "this server may have %d processes, and source rseq serves at most %u: lower max_connections",
+            backends(), SCHED_MIRROR_MAX_SLOTS - 1);
+    Mirror::rseq_format(table, rseq_slots(), cpus());
+    return mirror.open_rseq(table, error, ProcGlobal->allProcs, sizeof(PGPROC) * ProcGlobal->allProcCount);
+}
+
 void open_mirror_in_shmem(void* rseq_table) {
     Error error = {};
     const auto setting = static_cast<settings::SchedStateSource>(settings::sched_state);
@@ -109,12 +120,13 @@ void open_mirror_in_shmem(void* rseq_table) {
                  setting == rseq ? "rseq" : "off");
     }
     if (setting == rseq || setting == automatic) {
-        Mirror::rseq_format(rseq_table, rseq_slots(), cpus());
-        if (mirror.open_rseq(rseq_table, &error, ProcGlobal->allProcs,
-                             sizeof(PGPROC) * ProcGlobal->allProcCount))
+        if (open_rseq(rseq_table, &error)) {
             wanted = Source::rseq;
-        else
+        } else {
             ereport(WARNING, (errmsg("adaptive_lwlock: source rseq is not available: %s", error.text)));
+            const size_t said = strlen(not_bpf_reason);
+            snprintf(not_bpf_reason + said, sizeof(not_bpf_reason) - said, "; source rseq: %s", error.text);
+        }
     }
 }
 

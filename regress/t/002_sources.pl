@@ -72,4 +72,18 @@ like(slurp_file($node->logfile), qr/invalid value for parameter "adaptive_lwlock
 	'in the configuration file: the log says so');
 is($node->safe_psql('postgres', 'SHOW adaptive_lwlock.sched_state'), 'auto', 'and the default is in force');
 $node->stop;
+
+# More processes than the rseq source has slots: it serves nobody, and says so.
+$node->append_conf('postgresql.conf', <<'CONF');
+adaptive_lwlock.sched_state = 'rseq'
+max_connections = 65600
+max_locks_per_transaction = 10
+max_pred_locks_per_transaction = 10
+CONF
+$node->start;
+is(status($node, 'active, source, slots_total'), 't|off|0', 'more processes than slots: active without a mirror');
+like(status($node, 'source_reason'), qr/source rseq: this server may have 65\d\d\d processes, .* at most 65534: lower max_connections/, 'and says why');
+like(slurp_file($node->logfile), qr/WARNING: .*source rseq is not available: this server may have 65\d\d\d processes/, 'the log says so');
+run_load($node, 'more processes than slots: works', sql => 'SELECT lock_generator_run(200, 200)', clients => 4, seconds => 1);
+$node->stop;
 done_testing();
