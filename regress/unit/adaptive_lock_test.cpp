@@ -423,8 +423,8 @@ TEST_F(AdaptiveLockTest, ASpinnerOfWhomNothingIsKnownIsSparedForATimeOnly) {
     await_sleeper();
     pretend_spinner();
     const uint64_t second = 1'000'000 * CycleClock::ticks_per_microsecond();
-    lock_.spinning_since =
-        CycleClock::now() + second;  // not overdue, however long this test is kept from running
+    // Not overdue, however long this test is kept from running.
+    lock_.spinning_since = CycleClock::now() + second;
     ProcessLock::release(lock_, LockMode::exclusive);
     EXPECT_EQ(counted(LockEvent::wakeup_spared), 1u);
     ProcessLock::acquire(lock_, LockMode::exclusive);

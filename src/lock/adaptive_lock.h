@@ -20,7 +20,8 @@
  * 3. queue: put yourself on the wait list, at its end; in front, if you were woken and found the lock taken by a
  *    writer again, so that those who come in between cannot pass you for ever. A writer that found it taken by
  *    readers goes to the end: in front, each moment without a hold would wake only that writer, and readers who
- *    could enter beside the others would sleep behind it. In policy park everybody does, as in the server.
+ *    could enter beside the others would sleep behind it. In policy park every waiter goes to the end, as
+ *    in the server.
  * 4. last attempt: the lock may have been freed between 1 and 3, when nobody could know that you would sleep.
  * 5. sleep; when woken, start again at 1.
  *
@@ -46,16 +47,16 @@
  *
  * I4 (no starvation by spinners). A task that releases again and again spares wake-ups for at most
  * Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU, or of whom nothing is
- * known and that began so long ago (Host::is_spinner_overdue()).
- *
- * I6 (no trace). A task that leaves in the middle of a spin, by an exit in a signal handler, leaves its bit behind. It
- * notes the lock before it sets the bit, so that abandon_spin() finds it. Every acquire that has to wait calls that
- * first, as the exit may itself take locks.
+ * known and that began longer ago than that (Host::is_spinner_overdue()).
  *
  * I5 (no convoy behind a woken task; as far as Host::is_wakeup_late() knows, which is a hint). Whoever was woken and
  * does not run soon is waiting for a CPU. The others in the queue are not kept asleep by that: the next release that
  * spares nobody wakes another. But in policy park, as that is stock's way: without a spin most of them would be
  * woken in vain.
+ *
+ * I6 (no trace). A task that leaves in the middle of a spin, by an exit in a signal handler, leaves its bit behind. It
+ * notes the lock before it sets the bit, so that abandon_spin() finds it. Every acquire that has to wait calls that
+ * first, as the exit may itself take locks.
  *
  * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself
  * (has_waiters, with the list behind it) before its last attempt, and a releaser gives up before it looks at
@@ -113,7 +114,7 @@ struct StateBits {
 /// What a task keeps of its own between its calls. Starts empty; belongs to one task, also in memory that is shared.
 template <class Lock>
 struct LockTask {
-    Lock* spinning_for = nullptr;  ///< the lock whose spinner bit is this task's
+    Lock* spinning_for = nullptr;  ///< the lock whose spinner bit is this task's, or may be (I6)
     uint64_t sparing_since = 0;    ///< 0: the last wake-up that was due was sent
     Lock* spun_for = nullptr;      ///< got by a spin of `spun_ticks`, to be counted after the hold
     uint64_t spun_ticks = 0;
