@@ -4,6 +4,10 @@
 #include <stdio.h>
 #include <sys/sysinfo.h>
 
+#include <algorithm>
+#include <utility>
+
+#include "lwlock_api.h"
 #include "mirror/error.h"
 #include "settings.h"
 
@@ -41,8 +45,18 @@ char not_bpf_reason[2 * sizeof(Error::text) + 16];  // of two sources, it may be
 constexpr char kStaleReason[] =
     "the mirror is stale, the kernel records no switches in it: "
     "run `schedmirror unload` and `schedmirror load` as root";
+
+// ---- this process ----
+
+// Tries to get a slot come at these distances, in microseconds. Each that fails in a mirror that is there doubles the
+// next one: all slots are taken, and by many processes.
+constexpr uint64_t kShortestPause = 1'000'000, kLongestPause = 60'000'000;
+
 Error no_slot = {};     // why this process has none; empty: said already, or it has one
 uint64_t next_try = 0;  // CycleClock
+uint64_t pause_us = kShortestPause;
+MirrorTask lost_task;  // a registration that no longer counts and is still to be given back
+bool slept = false;    // since the registration was last judged
 
 int backends() {
     return MaxBackends + NUM_AUXILIARY_PROCS + max_prepared_xacts;
@@ -69,25 +83,18 @@ bool is_stale() {
     return mirror.source() == Source::bpf && mirror.id() == pg_atomic_read_u32(&shared->stale_mirror);
 }
 
-void leave_stale_mirror() {
-    lost();
-    mirror.close();  // nothing in it is true of anybody
-    strlcpy(not_bpf_reason, kStaleReason, sizeof(not_bpf_reason));
+void close_mirror() {
+    task.detach();
+    lost_task.detach();
+    publish_slot(0);
+    mirror.close();
+    next_try = 0;
+    pause_us = kShortestPause;
 }
 
-bool attach(Error* error) {
-    switch (mirror.source()) {
-        case Source::bpf:
-            return task.attach(mirror, error);
-        case Source::rseq: {
-            const uint32_t slot = static_cast<uint32_t>(server::proc_number(MyProc)) + 1;
-            return slot < rseq_slots() &&
-                   task.attach_rseq(mirror, static_cast<SlotId>(slot), &MyProc->wait_event_info, error);
-        }
-        case Source::off:
-            break;
-    }
-    return false;
+void leave_stale_mirror() {
+    close_mirror();  // nothing in it is true of anybody
+    strlcpy(not_bpf_reason, kStaleReason, sizeof(not_bpf_reason));
 }
 
 bool open_rseq(void* table, Error* error) {
@@ -131,27 +138,66 @@ void open_mirror_in_shmem(void* rseq_table) {
 }
 
 /// The mirror that the kernel kept is gone, or was never there: is it back?
-void try_again() {
-    if (wanted != Source::bpf || MyProc == nullptr || own_slot != 0) return;
-    const uint64_t now = CycleClock::now();
-    if (now < next_try) return;
-    next_try = now + 1'000'000 * CycleClock::ticks_per_microsecond();
-
-    if (!mirror.active() || is_stale()) {
-        Error error;
-        task.detach();
-        mirror.close();
-        if (!mirror.open_bpf(kMirrorDir, &error)) {
-            strlcpy(not_bpf_reason, error.text, sizeof(not_bpf_reason));
-            return;
-        }
-        if (is_stale()) return leave_stale_mirror();
-        not_bpf_reason[0] = '\0';
+bool open_again() {
+    Error error;
+    if (!mirror.open_bpf(kMirrorDir, &error)) {
+        strlcpy(not_bpf_reason, error.text, sizeof(not_bpf_reason));
+        return false;
     }
-    if (task.attach(mirror, &no_slot)) publish_slot(task.slot());
+    not_bpf_reason[0] = '\0';
+    if (is_stale()) {
+        mirror.close();
+        strlcpy(not_bpf_reason, kStaleReason, sizeof(not_bpf_reason));
+    }
+    return mirror.source() == Source::bpf;
 }
 
-/// Attaching happens inside a lock acquire, where nothing can be logged. Once a minute for all processes.
+bool attach() {
+    if (mirror.source() == Source::bpf) return task.attach(mirror, &no_slot);
+    const auto slot = static_cast<SlotId>(server::proc_number(MyProc) + 1);
+    return task.attach_rseq(mirror, slot, &MyProc->wait_event_info, &no_slot);
+}
+
+void seek_slot() {
+    const uint64_t now = CycleClock::now();
+    if (now < next_try) return;
+    next_try = now + pause_us * CycleClock::ticks_per_microsecond();
+    if (mirror.source() == Source::off && !open_again()) return;
+    if (attach()) {
+        publish_slot(task.slot());
+        pause_us = kShortestPause;
+    } else {
+        pause_us = std::min(2 * pause_us, kLongestPause);
+    }
+}
+
+void judge_registration() {
+    switch (task.note_slept()) {
+        case Recording::works:
+            return;
+        case Recording::stopped:  // this one registration was taken away
+            return lost();
+        case Recording::never:
+            pg_atomic_write_u32(&shared->stale_mirror, mirror.id());
+            strlcpy(no_slot.text, kStaleReason, sizeof(no_slot.text));
+    }
+}
+
+/// Everything that may take a system call is done here. The caller holds no LWLock.
+void look_after_slot() {
+    if (wanted == Source::off) {
+        settled = true;
+        return;
+    }
+    if (std::exchange(slept, false)) judge_registration();
+    lost_task.detach();
+    if (is_stale()) leave_stale_mirror();
+    if (mirror.source() == Source::bpf && !mirror.active()) close_mirror();
+    if (own_slot == 0) seek_slot();
+    settled = own_slot != 0;
+}
+
+/// A slot may be missed inside a lock acquire, where nothing can be logged. Once a minute for all processes.
 void report_missing_slot() {
     if (no_slot.text[0] == '\0' || own_slot != 0) return;
     const TimestampTz now = GetCurrentTimestamp();
@@ -169,17 +215,18 @@ void report_missing_slot() {
 
 void at_transaction_end(XactEvent event, void*) {
     if (event != XACT_EVENT_COMMIT && event != XACT_EVENT_ABORT) return;
-    if (is_stale()) leave_stale_mirror();
-    try_again();
+    look_after_slot();
     report_missing_slot();
 }
 
 void child_after_fork() {
     task.reset_after_fork();
+    lost_task.reset_after_fork();
     own_slot = 0;
-    settled = false;
+    settled = slept = false;
     no_slot.text[0] = '\0';
     next_try = 0;
+    pause_us = kShortestPause;
 }
 
 }  // namespace
@@ -231,36 +278,25 @@ BackendSlot of_backend(int proc_number) {
 
 namespace internal {
 
-void attach_first_time() {
+void settle() {
     // The postmaster sets shared memory up without a PGPROC; its children get theirs before they take any
     // lock that they could have to wait for.
     if (MyProc == nullptr || shared == nullptr) return;
-    settled = true;
-    publish_slot(0);
-    if (mirror.source() == Source::off) return;
-    if (mirror.source() == Source::bpf && (!mirror.active() || is_stale())) return try_again();
-    if (attach(&no_slot)) publish_slot(task.slot());
+    // The end of the transaction, or a later acquire, will do.
+    if (IsTransactionOrTransactionBlock() || lwlock_api::held_count() > 0) return;
+    publish_slot(own_slot);  // at first: instead of a predecessor's
+    look_after_slot();
 }
 
 void lost() {
-    task.detach();
+    lost_task = std::exchange(task, MirrorTask());
     publish_slot(0);
+    settled = false;
 }
 
 void after_sleep() {
-    if (own_slot == 0) return try_again();
-    switch (task.note_slept()) {
-        case Recording::works:
-            return;
-        case Recording::stopped:  // this one registration was taken away
-            lost();
-            next_try = 0;
-            return try_again();
-        case Recording::never:
-            pg_atomic_write_u32(&shared->stale_mirror, mirror.id());
-            strlcpy(no_slot.text, kStaleReason, sizeof(no_slot.text));
-            return leave_stale_mirror();
-    }
+    slept = true;
+    if (!IsTransactionOrTransactionBlock()) settled = false;
 }
 
 }  // namespace internal

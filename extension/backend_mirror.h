@@ -6,7 +6,11 @@
  * Every process attaches at the first lock it acquires with a PGPROC of its own; the kernel (bpf) or the next
  * process with the same PGPROC (rseq) takes the slot back. When the mirror is unloaded the process notices,
  * goes on without a slot (owners are unknown then, and spins short), and attaches again once the mirror is
- * back: it looks at the end of a transaction and after sleeps, at most once a second.
+ * back. It looks for that once a second; for a slot in a full mirror less and less often, down to once a minute.
+ *
+ * Nothing here makes a system call while the process holds an LWLock, or waits for one. What takes system calls
+ * is done at the end of a transaction; and outside of transactions, which some processes never have, at the
+ * beginning of an acquire by a process that holds nothing.
  */
 
 #include <atomic>
@@ -48,8 +52,8 @@ namespace internal {
 extern Mirror mirror;
 extern MirrorTask task;
 extern SlotId own_slot;
-extern bool settled;  // this process has attached, or has failed to and goes on without
-void attach_first_time();
+extern bool settled;  // there is nothing to look after at an acquire
+void settle();
 void lost();
 void after_sleep();
 constexpr size_t kLockHints = 256;
@@ -62,8 +66,8 @@ extern LockHints* lock_hints;
 /// Said at every acquire: "I run".
 inline void note_running() {
     if (!internal::settled) [[unlikely]]
-        internal::attach_first_time();
-    else if (!internal::task.note_running()) [[unlikely]]
+        internal::settle();
+    if (!internal::task.note_running()) [[unlikely]]
         internal::lost();
 }
 
