@@ -167,7 +167,7 @@ void release_disowned(LWLock* lock, LWLockMode mode) {
 }
 
 void release_all() {
-    Waiting::abandon_spin();
+    Waiting::abandon();
     while (num_held > 0) {
         HOLD_INTERRUPTS();  // error recovery has set the count; release() must not lower it
         release(held[num_held - 1].lock);

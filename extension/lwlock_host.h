@@ -5,7 +5,7 @@
  *
  * Everything stays where the server keeps it: the state word and the wait list in the LWLock, the wait state
  * in the PGPROC, the sleeps on its semaphore. New are only the owner's slot number, in the hole of the
- * LWLock, two bits of its state word that the server leaves alone, and, in a table beside, the spinner's slot number
+ * LWLock, three bits of its state word that the server leaves alone, and, in a table beside, the spinner's slot number
  * and when somebody was last woken.
  */
 

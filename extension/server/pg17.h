@@ -11,6 +11,7 @@ constexpr StateBits kLockBits = {
     .list_locked = 1u << 28,
     .spinner = 1u << 27,     // free in the server
     .until_free = 1u << 26,  // free in the server
+    .free_since = 1u << 25,  // free in the server
     .exclusive = 1u << 24,
     .shared = 1,
     .held_mask = (1u << 25) - 1,

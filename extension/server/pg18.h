@@ -11,6 +11,7 @@ constexpr StateBits kLockBits = {
     .list_locked = 1u << 29,
     .spinner = 1u << 28,     // free in the server
     .until_free = 1u << 27,  // free in the server
+    .free_since = 1u << 26,  // free in the server
     .exclusive = MAX_BACKENDS + 1,
     .shared = 1,
     .held_mask = MAX_BACKENDS | (MAX_BACKENDS + 1),

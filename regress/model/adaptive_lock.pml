@@ -10,6 +10,9 @@
  *                     cycle). With the above: once the others stop coming, every acquire ends.
  *   I2                nobody is queued twice. When all have stopped the state word is clean, and the semaphores balanced.
  *   I3                a release that frees the lock has taken every bystander off the list when it returns.
+ *   I6                with VANISH: all of this although a task leaves in the middle of an acquire.
+ *   I7                wait_until() returns true only if there was a free moment since its call, and does not queue again
+ *                     when there was one while it was queued.
  *
  * Steps and functions
  * -------------------
@@ -17,6 +20,7 @@
  * state or a semaphore. Only these are drawn together into one step:
  *   - A compare-exchange loop: only its last round has an effect. And with it whatever only looks: an attempt that
  *     finds the lock taken, the looks in become_spinner(), the spinner's looks at the lock and its owner.
+ *   - lock_list() and the look at free_since and at the hold that follows: nobody without the list lock can tell.
  *   - unlock_list() and what was done with the list locked. That touches the list, the wait modes, and the wait states
  *     waiting and removed, which nobody else reads or writes without the list lock; only absorb_wakeup() reads a wait
  *     state without it, and asks for not_waiting alone.
@@ -30,6 +34,8 @@
  *   TASKS=n        3 unless said otherwise, at most 4 (and then WRITERS_ONLY: see SHARED)
  *   WRITERS_ONLY   no shared holds
  *   BYSTANDERS     tasks also acquire_or_wait()
+ *   WATCHERS       tasks also wait_until() the lock is free
+ *   VANISH         the last task may leave at any step of an acquire that waits, and abandon() what it left behind
  *   VARIABLE       another cast: task 0 acquires, may update() a variable and then need not release; the others
  *                  wait_until() it has changed
  *   FOREIGN_POST   somebody posts on task 0's semaphore, once, at any time, for reasons of his own
@@ -50,19 +56,20 @@
 #define EXCLUSIVE 32
 #define SHARED 64 /* 128, 192: two, three holds */
 #define HELD_MASK (EXCLUSIVE | 192)
+#define FREE_SINCE 256
 
 #define NOBODY 7
 
-byte state = RELEASE_OK;
+short state = RELEASE_OK;
 byte list[TASKS] = NOBODY; /* the wait list, from its head */
 byte listed;               /* its length */
 
 /* ---- the waiters ---- */
 
-mtype = { exclusive, shared, until_free, not_waiting, waiting, removed };
+mtype = { exclusive, shared, until_free, freed, not_waiting, waiting, removed };
 
 mtype wait_state[TASKS] = not_waiting;
-mtype wait_mode[TASKS] = exclusive; /* of those in the list */
+mtype wait_mode[TASKS] = exclusive; /* of those in the list; freed: told so when it was taken off (I7) */
 byte semaphore[TASKS];
 
 bit variable; /* guarded by the lock, watched by wait_until() */
@@ -72,6 +79,8 @@ bit variable; /* guarded by the lock, watched by wait_until() */
 byte writers, readers;
 byte owed[TASKS]; /* by each releaser, as a set: the bystanders that its release has to wake */
 byte stopped;     /* how many tasks do not come again */
+bit waits[TASKS], was_free_in_call[TASKS], was_free_while_queued[TASKS]; /* in wait_until() */
+bit vanishing, vanished;
 
 hidden byte i, j, w; /* used within one step */
 
@@ -83,9 +92,24 @@ hidden byte i, j, w; /* used within one step */
 
 /* ---- the wait list (I2) ---- */
 
+/* While until_free waiters are listed. */
+inline look_for_free_moment()
+{
+#ifndef MUTATE_FREE_MOMENT_ASSUMED
+    was_free = (state & UNTIL_FREE) && ((state & FREE_SINCE) || !held_exclusively);
+#else
+    was_free = (state & UNTIL_FREE);
+#endif
+    saw_free_since = (state & FREE_SINCE) != 0
+}
+
 inline lock_list()
 {
-    d_step { !(state & LIST_LOCKED) -> state = state | LIST_LOCKED }
+    d_step {
+        !(state & LIST_LOCKED) -> state = state | LIST_LOCKED;
+        has_list = true;
+        look_for_free_moment()
+    }
 }
 
 inline unlock_list(set, clear)
@@ -95,7 +119,11 @@ inline unlock_list(set, clear)
     :: listed == 0
     :: else ->
         state = state | HAS_WAITERS | (wait_mode[list[0]] == until_free -> UNTIL_FREE : 0)
-    fi
+    fi;
+    state = state & ~((state & UNTIL_FREE) -> 0 : FREE_SINCE);
+    has_list = false;
+    was_free = false;
+    saw_free_since = false
 }
 
 inline push_tail(task)
@@ -136,6 +164,11 @@ inline queue_self(as, in_front)
     lock_list();
     d_step {
         assert(wait_state[me] == not_waiting);
+        saw_free_since = saw_free_since && as == until_free;
+        if
+        :: saw_free_since -> take_until_free()
+        :: else
+        fi;
         wait_mode[me] = as;
         wait_state[me] = waiting;
         if
@@ -149,8 +182,11 @@ inline queue_self(as, in_front)
 #endif
         :: else -> push_tail(me)
         fi;
-        unlock_list(0, 0)
+        unlock_list(0, (saw_free_since -> FREE_SINCE : 0))
     }
+#if defined(BYSTANDERS) || defined(WATCHERS) || defined(VARIABLE)
+    wake_all()
+#endif
 }
 
 inline dequeue_self()
@@ -186,15 +222,30 @@ inline move_to_woken(task)
 inline take_until_free()
 {
     do
-    :: listed > 0 && wait_mode[list[0]] == until_free -> w = list[0]; move_to_woken(w)
+    :: listed > 0 && wait_mode[list[0]] == until_free ->
+        w = list[0];
+        move_to_woken(w);
+        wait_mode[w] = (was_free && waits[w] -> freed : exclusive) /* the others do not ask */
     :: else -> break
     od
 }
 
+inline take_freed()
+{
+    if
+#ifndef MUTATE_WOKEN_IN_VAIN
+    :: was_free -> take_until_free()
+#else
+    :: true -> take_until_free()
+#endif
+    :: else
+    fi
+}
+
 inline wake(task)
 {
-    d_step { woken = woken & ~set_of(task); wait_state[task] = not_waiting }
-    semaphore[task]++
+    wait_state[task] = not_waiting;
+    d_step { woken = woken & ~set_of(task); semaphore[task]++ }
 }
 
 inline wake_all()
@@ -244,14 +295,15 @@ inline wake_waiters()
 {
     lock_list();
     d_step {
+        take_freed();
         woke_locker = false;
         j = 0;
         do
         :: j == listed -> break
-        :: j < listed && woke_locker && wait_mode[list[j]] == exclusive -> j++
+        :: j < listed && (wait_mode[list[j]] == until_free || (woke_locker && wait_mode[list[j]] == exclusive)) -> j++
         :: else ->
             w = list[j];
-            woke_locker = woke_locker || wait_mode[w] != until_free;
+            woke_locker = true;
             if
             :: wait_mode[w] == exclusive -> move_to_woken(w); break
             :: else -> move_to_woken(w)
@@ -268,7 +320,7 @@ inline wake_waiters()
 inline update(value)
 {
     lock_list();
-    variable = value;
+    d_step { variable = value; look_for_free_moment() }
     d_step {
         take_until_free();
         unlock_list(0, 0)
@@ -278,7 +330,12 @@ inline update(value)
 
 inline wake_until_free()
 {
-    update(variable)
+    lock_list();
+    d_step {
+        take_freed();
+        unlock_list(0, 0)
+    }
+    wake_all()
 }
 
 /* Whether the mirror and I4 allow it is left open. */
@@ -318,6 +375,13 @@ inline release()
             :: else
             fi
         }
+        for (i : 0 .. TASKS - 1) {
+            was_free_in_call[i] = was_free_in_call[i] || waits[i]
+        }
+        for (i : 1 .. listed) {
+            w = list[i - 1];
+            was_free_while_queued[w] = waits[w]
+        }
     }
     if
     :: (left & (HELD_MASK | HAS_WAITERS)) == HAS_WAITERS -> after_release()
@@ -342,6 +406,9 @@ inline attempt(clear)
         if
         :: got ->
             state = (state + hold_of(mode)) & ~(clear);
+#ifndef MUTATE_FREE_MOMENT_NOT_NOTED
+            state = state | (mode == exclusive && (state & UNTIL_FREE) -> FREE_SINCE : 0);
+#endif
             writers = writers + (mode == exclusive -> 1 : 0);
             readers = readers + (mode == shared -> 1 : 0);
             assert(writers + (readers > 0) <= 1)
@@ -413,7 +480,7 @@ inline acquire()
     attempt(0);
     if
     :: got
-    :: else -> acquire_contended()
+    :: else -> { acquire_contended() } unless { vanish() }
     fi
 }
 
@@ -423,41 +490,82 @@ inline acquire_or_wait()
     if
     :: got
     :: else ->
-        queue_self(until_free, false);
-        attempt(0);
-        if
-        :: got -> dequeue_self()
-        :: else -> sleep_until_woken()
-        fi
+        {
+            queue_self(until_free, false);
+            attempt(0);
+            if
+            :: got -> dequeue_self()
+            :: else -> sleep_until_woken(); wait_mode[me] = exclusive
+            fi
+        } unless { vanish() }
     fi
 }
 
 /* Until freed, or `settled`. */
 inline wait_until(settled)
 {
-    do
-    :: !held_exclusively -> break
-    :: else ->
-        got = (settled);
-        if
-        :: got -> break
-        :: else
-        fi;
-        queue_self(until_free, false);
+    d_step { waits[me] = true; was_free_in_call[me] = !held_exclusively }
+    {
+        do
+        :: !held_exclusively -> was_free_in_call[me] = true; break
+        :: else ->
+            got = (settled);
+            if
+            :: got -> break
+            :: else
+            fi;
+            assert(!was_free_while_queued[me]);
+            queue_self(until_free, false);
 #ifndef MUTATE_NO_SECOND_LOOK
-        got = !held_exclusively;
-        if
-        :: got
-        :: else -> got = (settled)
-        fi;
+            got = !held_exclusively;
+            if
+            :: got
+            :: else -> got = (settled)
+            fi;
 #endif
-        if
-        :: got -> dequeue_self(); break
-        :: else
-        fi;
-        sleep_until_woken()
-    od;
-    got = false
+            if
+            :: got -> dequeue_self(); wait_mode[me] = exclusive; break
+            :: else
+            fi;
+            sleep_until_woken();
+            if
+            :: wait_mode[me] == freed -> wait_mode[me] = exclusive; assert(was_free_in_call[me]); break
+            :: else
+            fi
+        od
+    } unless { vanish() };
+    atomic { waits[me] = false; was_free_in_call[me] = false; was_free_while_queued[me] = false; got = false }
+}
+
+/* ---- leaving ---- */
+
+/* An exit in a signal handler. The server loses who leaves with the list locked, with others to wake, or with the lock. */
+inline vanish()
+{
+    d_step { vanishing && me == TASKS - 1 && !has_list && !got && woken == 0 -> vanishing = false; vanished = true }
+    abandon();
+    atomic { waits[me] = false; was_free_in_call[me] = false; was_free_while_queued[me] = false }
+    goto gone
+}
+
+inline abandon()
+{
+#ifndef MUTATE_LEAVER_STAYS_QUEUED
+    if
+    :: wait_state[me] != not_waiting -> dequeue_self()
+    :: else
+    fi;
+#endif
+#ifndef MUTATE_LEAVER_TAKES_ITS_DUTY_ALONG
+    state = state | RELEASE_OK;
+#endif
+    atomic { state = state & ~SPINNER; left = state & ~LIST_LOCKED }
+    if
+#ifndef MUTATE_LEAVER_DOES_NOT_WAKE
+    :: (left & (HELD_MASK | HAS_WAITERS)) == HAS_WAITERS -> after_release()
+#endif
+    :: else
+    fi
 }
 
 /* ---- the tasks ---- */
@@ -466,7 +574,9 @@ active [TASKS] proctype task()
 {
     mtype mode = exclusive;
     bool got, still_queued, woke_locker, woken_in_vain, cleared_late;
-    byte left;            /* release(): the state word after it */
+    bool has_list;                 /* it has the list locked, and then: */
+    bool was_free, saw_free_since; /* what look_for_free_moment() has seen */
+    short left;           /* release(): the state word after it */
     byte woken;           /* taken off the list, to be woken: a set */
     byte taken_in_excess; /* posts that were not the waker's */
 
@@ -482,6 +592,9 @@ active [TASKS] proctype task()
         :: acquire()
 #ifdef BYSTANDERS
         :: acquire_or_wait()
+#endif
+#ifdef WATCHERS
+        :: mode == exclusive -> wait_until(false)
 #endif
         fi;
 progress:
@@ -507,6 +620,7 @@ progress:
     :: else -> wait_until(variable == 1)
     fi;
 #endif
+gone:
     stopped++
 }
 
@@ -515,6 +629,10 @@ bit foreign_post;
 active proctype foreigner() { d_step { semaphore[0]++; foreign_post = 1 } }
 #else
 #define foreign_post 0
+#endif
+
+#ifdef VANISH
+active proctype signaller() { vanishing = true }
 #endif
 
 active proctype aftermath()
@@ -526,7 +644,7 @@ active proctype aftermath()
     assert(listed == 0);
     d_step {
         for (i : 0 .. TASKS - 1) {
-            assert(semaphore[i] == (i == 0 -> foreign_post : 0))
+            assert(semaphore[i] == (i == 0 -> foreign_post : 0) || (vanished && i == TASKS - 1))
         }
     }
 }

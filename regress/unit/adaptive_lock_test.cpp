@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "process_lock.h"
+#include "processes.h"
 
 namespace adaptive::test {
 namespace {
@@ -345,6 +346,25 @@ TEST_F(AdaptiveLockTest, WaitUntilSeesTheReleaseAndTheUpdate) {
     }
 }
 
+// A spinner takes a lock within 100 ns of its release, long before a sleeper comes to look.
+TEST_F(AdaptiveLockTest, WhoWaitsForFreedomNeedNotSeeIt) {
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    bool freed = false;
+    std::thread waiter([&] {
+        sit_down(seats_[1], WaitPolicy::park, always_on_cpu, 2);
+        freed = ProcessLock::wait_until(lock_, [] { return false; });
+        passed_++;
+    });
+    await_sleeper();
+    ProcessLock::release(lock_, LockMode::exclusive);
+    ProcessLock::acquire(lock_, LockMode::exclusive);
+    EXPECT_TRUE(::test::eventually([&] { return passed_ == 1; })) << "it sleeps through the next hold";
+    ProcessLock::release(lock_, LockMode::exclusive);
+    waiter.join();
+    EXPECT_TRUE(freed);
+    EXPECT_EQ(lock_.state, kBits.release_ok);
+}
+
 TEST_F(AdaptiveLockTest, ARunOfReadersIsWokenTogether) {
     Seat third;
     sem_init(&third.semaphore, 0, 0);
@@ -409,7 +429,7 @@ TEST_F(AdaptiveLockTest, ASpinnerThrownOutOfItsAcquireLeavesNobodyAsleep) {
         ProcessLock::release(lock_, LockMode::exclusive);  // of the other thread's hold: spared
         std::this_thread::sleep_for(20ms);
         EXPECT_EQ(passed_, 0);
-        ProcessLock::abandon_spin();
+        ProcessLock::abandon();
     });
     spinner.join();
     other.join();

@@ -7,6 +7,9 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
+#include <utility>
+
 #include "process_lock.h"
 #include "stepped.h"
 
@@ -18,16 +21,27 @@ struct Player {
     int semaphore = 0;
     LockTask<SharedLock> lock_task;
     SchedState hint = SchedState::on_cpu;
-    bool may_leave = false;  // in the middle of its acquire, until it has queued
     bool is_listed = false;  // on whichever list
     unsigned owed = 0;       // the bystanders that this task's release has to wake, as a set
+
+    // A signal may arrive once, at any point where the lock has promised to bear it (I6): what its handler does.
+    std::function<void()> signal_handler;
+    bool left = false;
+    bool has_list = false, has_lock = false;
+    int woken = 0;  // by this task, taken off the list and still to be woken
+
+    // Of a task in wait_until() (I7).
+    bool waits = false;
+    bool was_free = false;         // the lock, since it began to wait
+    bool is_queued = false;        // and everybody knows
+    bool was_queued_free = false;  // it was queued at a moment when the lock was free
 };
 struct ThrownOut {};
 
 /// Everything an execution starts from.
 struct Stage {
     SharedLock lock;
-    Player players[3];
+    Player players[4];
     int writers = 0, readers = 0, turns = 0;
     uint64_t variable = 0;
 };
@@ -45,50 +59,73 @@ unsigned set_of(const Seat* seat) {
     return 1u << (&player_of(seat) - stage->players);
 }
 
-/// Between any two steps of its spin a task may leave, as an exit in a signal handler does.
-void point_to_leave() {
-    if (me().may_leave && explorer->choose(2) != 0) {
-        me().may_leave = false;
-        throw ThrownOut();
-    }
+/// Between any two steps.
+void point_for_a_signal() {
+    Player& self = me();
+    if (self.signal_handler && !self.has_list && !self.has_lock && self.woken == 0 &&
+        explorer->choose(2) != 0)
+        std::exchange(self.signal_handler, nullptr)();
 }
 
-/// The state word. Who gives a hold up notes whom I3 has woken when the release is over.
+/// The state word, and what it says of its past.
 struct StateWord : Stepped<uint32_t> {
     using Stepped::Stepped;
+    static constexpr auto kBits = ProcessHost::kBits;
+
     uint32_t load(std::memory_order = {}) const {
         const uint32_t seen = Stepped::load();
-        point_to_leave();
+        point_for_a_signal();
         return seen;
     }
     uint32_t fetch_or(uint32_t bits) {
         const uint32_t before = Stepped::fetch_or(bits);
-        if (bits == ProcessHost::kBits.spinner) point_to_leave();
+        if (bits & ~before & kBits.list_locked) me().has_list = true;
+        point_for_a_signal();
         return before;
     }
     uint32_t fetch_and(uint32_t bits) {
         const uint32_t before = Stepped::fetch_and(bits);
-        if (bits == ~ProcessHost::kBits.spinner) point_to_leave();
+        point_for_a_signal();
         return before;
     }
     uint32_t fetch_sub(uint32_t hold) {
-        const uint32_t before = Stepped::fetch_sub(hold);
-        constexpr uint32_t kFreeAndListKnown = ProcessHost::kBits.held_mask | ProcessHost::kBits.list_locked;
-        if (((before - hold) & kFreeAndListKnown) == 0)
+        const uint32_t before = Stepped::fetch_sub(hold), left = before - hold;
+        me().has_lock = false;
+        // The bystanders that I3 has woken when the release is over.
+        if ((left & (kBits.held_mask | kBits.list_locked)) == 0)
             for (Seat& seat : stage->lock.waiters)
                 if (seat.wait_mode == LockMode::until_free) me().owed |= set_of(&seat);
+        if (!(left & kBits.exclusive))
+            for (Player& p : stage->players) p.was_free = true, p.was_queued_free |= p.is_queued;
         return before;
+    }
+    bool compare_exchange_weak(uint32_t& seen, uint32_t desired, std::memory_order = {}) {
+        const uint32_t before = seen;
+        if (!Stepped::compare_exchange_weak(seen, desired)) return false;
+        if ((desired & kBits.held_mask) != (before & kBits.held_mask)) me().has_lock = true;
+        if (before & ~desired & kBits.list_locked) {
+            me().has_list = false;
+            me().is_queued = me().waits && me().is_listed;
+            me().was_queued_free |= me().is_queued && !(desired & kBits.exclusive);
+        }
+        point_for_a_signal();
+        return true;
+    }
+};
+struct WaitStateByte : Stepped<uint8_t> {
+    using Stepped::Stepped;
+    uint8_t load(std::memory_order = {}) const {
+        const uint8_t seen = Stepped::load();
+        point_for_a_signal();
+        return seen;
     }
 };
 
 /// ProcessHost with steps, and with free choice of what the mirror says, of the policy, and of what is late.
 struct SteppedHost : ProcessHost {
     static StateWord state(Lock& l) { return StateWord(l.state); }
-    static Stepped<uint8_t> wait_state(Waiter w) { return Stepped<uint8_t>(w->wait_state); }
-    static Waiter self() {
-        me().may_leave = false;
-        return &me().seat;
-    }
+    static WaitStateByte wait_state(Waiter w) { return WaitStateByte(w->wait_state); }
+    static Waiter self() { return &me().seat; }
     static void queued_already() { explorer->fail("queued twice"); }
 
     // I2: the lock's own list is touched under its lock only.
@@ -99,6 +136,10 @@ struct SteppedHost : ProcessHost {
     static void enter(WaitList& list, Waiter w) {
         check(list);
         if (std::exchange(player_of(w).is_listed, true)) explorer->fail("a task is on two lists");
+        if (&list != &stage->lock.waiters)
+            me().woken++;
+        else if (me().waits && me().was_queued_free)
+            explorer->fail("it was queued when the lock was free, and queues again");
     }
     static void push_head(WaitList& list, Waiter w) {
         enter(list, w);
@@ -111,7 +152,7 @@ struct SteppedHost : ProcessHost {
     static void erase(WaitList& list, Waiter w) {
         check(list);
         ProcessHost::erase(list, w);
-        player_of(w).is_listed = false;
+        player_of(w).is_listed = player_of(w).is_queued = false;
         for (Player& p : stage->players) p.owed &= ~set_of(w);
     }
     static void lock_list_contended(Lock& l) {
@@ -122,10 +163,12 @@ struct SteppedHost : ProcessHost {
         Player& self = me();
         explorer->block_until("sleep", [&self] { return self.semaphore > 0; });
         self.semaphore--;
+        point_for_a_signal();
     }
     static void wake(Waiter w) {
         explorer->step("wake");
         player_of(w).semaphore++;
+        if (w != &me().seat && me().woken > 0) me().woken--;
     }
 
     static void sleep_begins(Lock&, LockMode) {}
@@ -142,12 +185,9 @@ struct SteppedHost : ProcessHost {
         me().hint = explorer->choose(2) == 0 ? SchedState::on_cpu : SchedState::preempted;
         return 0;
     }
-    static uint16_t owner(Lock&) {
-        point_to_leave();
-        return 0;
-    }
+    static uint16_t owner(Lock&) { return 0; }
     static void set_owner(Lock&) {}
-    static void set_spinner(Lock&) { point_to_leave(); }
+    static void set_spinner(Lock&) { point_for_a_signal(); }
     static bool is_spinner_overdue(Lock&) { return explorer->choose(2) != 0; }
     static SchedState look(uint16_t) { return me().hint; }
     static uint64_t spare_for_ticks() { return UINT64_MAX; }
@@ -160,6 +200,7 @@ struct SteppedHost : ProcessHost {
 using Waiting = AdaptiveLock<SteppedHost>;
 
 void hold(LockMode mode) {
+    me().signal_handler = nullptr;  // only waiting is promised to bear it
     (mode == LockMode::exclusive ? stage->writers : stage->readers)++;
     if (stage->writers + (stage->readers > 0) > 1) explorer->fail("two hold the lock");
     stage->turns++;
@@ -188,8 +229,24 @@ Explorer::Task acquires_or_waits() {
         if (Waiting::acquire_or_wait(stage->lock, LockMode::exclusive)) hold(LockMode::exclusive);
     };
 }
+/// As whoever flushes the log. Until the variable is set, or only until the lock has been free.
+void wait_until(bool variable_is_set) {
+    Player& self = me();
+    self.was_free = !(stage->lock.state & ProcessHost::kBits.exclusive);
+    self.was_queued_free = false;
+    self.waits = true;
+    const bool freed =
+        Waiting::wait_until(stage->lock, [=] { return variable_is_set && stage->variable != 0; });
+    if (freed && !self.was_free) explorer->fail("the lock was not free since the wait began");
+    self.waits = false;
+}
 Explorer::Task waits_for_variable() {
-    return [] { Waiting::wait_until(stage->lock, [] { return stage->variable != 0; }); };
+    return [] { wait_until(true); };
+}
+Explorer::Task waits_until_free(int times = 1) {
+    return [=] {
+        for (int i = 0; i < times; i++) wait_until(false);
+    };
 }
 /// As whoever inserts into the log: announces progress and lets go, or keeps the lock until the others are through.
 Explorer::Task updates_variable(bool and_releases) {
@@ -199,21 +256,29 @@ Explorer::Task updates_variable(bool and_releases) {
         if (and_releases) Waiting::release(stage->lock, LockMode::exclusive);
     };
 }
-/// Leaves its spin at any point. An exit in a signal handler takes locks, or first gives back what was left.
-Explorer::Task thrown_out(bool takes_a_lock = false) {
+/// Leaves at any point. An exit in a signal handler takes locks, or first gives back what was left.
+Explorer::Task thrown_out_of(Explorer::Task wait, bool takes_a_lock = false) {
     return [=] {
-        me().may_leave = true;
+        me().signal_handler = [] { throw ThrownOut(); };
         try {
-            Waiting::acquire(stage->lock, LockMode::exclusive);
-            me().may_leave = false;
-            hold(LockMode::exclusive);
+            wait();
         } catch (const ThrownOut&) {
-            if (takes_a_lock) {
-                Waiting::acquire(stage->lock, LockMode::shared);
-                hold(LockMode::shared);
-            }
-            Waiting::abandon_spin();
+            me().left = true;
+            me().waits = false;
+            if (takes_a_lock) reader()();
+            Waiting::abandon();
         }
+    };
+}
+/// At any point a signal handler takes the same lock, and returns.
+Explorer::Task interrupted(Explorer::Task wait) {
+    return [=] {
+        me().signal_handler = [] {
+            const bool waits = std::exchange(me().waits, false);
+            writer()();
+            me().waits = waits;
+        };
+        wait();
     };
 }
 /// Somebody else has use for that task's semaphore and posts it.
@@ -240,11 +305,13 @@ TEST_P(Interleavings, AreAllRight) {
         if (stage->lock.state != (kBits.release_ok | (scenario.keeps_the_lock ? kBits.exclusive : 0)))
             return "the state word is not clean";
         if (!stage->lock.waiters.empty()) return "the wait list is not empty";
-        for (int i = 0; i < 3; i++) {
-            if (stage->players[i].semaphore != (i == 0 ? scenario.posts : 0))
+        for (int i = 0; i < 4; i++) {
+            // Who leaves need not wait for the wake-up that was on its way.
+            const int surplus = stage->players[i].semaphore - (i == 0 ? scenario.posts : 0);
+            if (surplus != 0 && !(surplus == 1 && stage->players[i].left))
                 return "a semaphore is out of balance";
             if (stage->players[i].seat.wait_state != 0) return "a task seems to wait";
-            if (stage->players[i].lock_task.spinning_for) return "a task seems to spin";
+            if (stage->players[i].lock_task.waiting_for) return "a task has not ended its wait";
             if (!scenario.keeps_the_lock && stage->players[i].lock_task.spun_for)
                 return "a spin was not counted";
         }
@@ -267,8 +334,18 @@ const Scenario kScenarios[] = {
     {"VariableKept", {updates_variable(false), waits_for_variable(), waits_for_variable()}, 3, true},
     {"VariableAndWriter", {updates_variable(true), waits_for_variable(), writer()}, 3},
     {"ForeignPost", {writer(), writer(), posts_on(0)}, 3, false, 1},
-    {"WritersAndOneThrownOut", {writer(), writer(), thrown_out()}, 3},
-    {"WritersAndOneThrownOutThatTakesALock", {writer(), writer(), thrown_out(true)}, 2},
+    {"WritersAndWhoWaitsUntilFree", {writer(2), writer(), waits_until_free()}, 3},
+    {"WriterAndTwoWhoWaitUntilFree", {writer(3), waits_until_free(), waits_until_free(2)}, 3},
+    {"WritersTurnsAndWhoWaitsUntilFree", {writer(2), writer(2), waits_until_free(2)}, 3},
+    {"WritersAndTwoWhoWaitUntilFree", {writer(), writer(), waits_until_free(), waits_until_free()}, 3},
+    {"WritersAndOneThrownOut", {writer(), writer(), thrown_out_of(writer())}, 3},
+    {"WriterAndReaderThrownOut", {writer(), writer(), thrown_out_of(reader())}, 2},
+    {"WritersAndBystanderThrownOut", {writer(), writer(), thrown_out_of(acquires_or_waits())}, 2},
+    {"WritersAndOneThrownOutWhoWaitsUntilFree", {writer(), writer(), thrown_out_of(waits_until_free())}, 3},
+    {"WritersAndOneThrownOutThatTakesALock", {writer(), writer(), thrown_out_of(writer(), true)}, 2},
+    {"WritersAndOneInterrupted", {writer(), writer(), interrupted(writer())}, 2},
+    {"WritersAndBystanderInterrupted", {writer(), writer(), interrupted(acquires_or_waits())}, 2},
+    {"WritersAndOneInterruptedWhoWaitsUntilFree", {writer(), writer(), interrupted(waits_until_free())}, 2},
 };
 INSTANTIATE_TEST_SUITE_P(AdaptiveLock, Interleavings, ::testing::ValuesIn(kScenarios),
                          [](const auto& scenario) { return scenario.param.name; });

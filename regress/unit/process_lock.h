@@ -52,6 +52,7 @@ struct ProcessHost {
                                         .list_locked = 1u << 28,
                                         .spinner = 1u << 27,
                                         .until_free = 1u << 26,
+                                        .free_since = 1u << 25,
                                         .exclusive = 1u << 24,
                                         .shared = 1,
                                         .held_mask = (1u << 25) - 1};

@@ -42,8 +42,8 @@
  * I2 (wait list). The list, and every waiter's wait state but the last step to not_waiting, change only under
  * `list_locked`; `has_waiters` and `until_free` describe the list whenever `list_locked` is clear.
  *
- * I3 (bystanders). Waiters in mode until_free do not compete for the lock. Every release that frees it wakes
- * them, spinner or not.
+ * I3 (bystanders). Waiters in mode until_free do not compete for the lock. Every release that frees it wakes them,
+ * spinner or not; but a late one leaves those alone that came after its free moment (I7).
  *
  * I4 (no starvation by spinners). A task that releases again and again spares wake-ups for at most
  * Host::spare_for_ticks() in a row, and none for a spinner that the mirror shows off its CPU, or of whom nothing is
@@ -54,9 +54,16 @@
  * spares nobody wakes another. But in policy park, as that is stock's way: without a spin most of them would be
  * woken in vain.
  *
- * I6 (no trace). A task that leaves in the middle of a spin, by an exit in a signal handler, leaves its bit behind. It
- * notes the lock before it sets the bit, so that abandon_spin() finds it. Every acquire that has to wait calls that
- * first, as the exit may itself take locks.
+ * I6 (no trace). A task may leave in the middle of an acquire, by an exit in a signal handler, and leave behind its bit,
+ * its place in the queue, or a wake-up that it was sent. It notes the lock before any of them, so that abandon() finds
+ * it. Every acquire that has to wait calls that first, as the exit may itself take locks. As in the server, nothing
+ * helps when a task leaves with the wait list locked, or with the lock taken and not yet remembered.
+ *
+ * I7 (free moments). A task that waits until the lock is free need not see it free: a spinner may take it within the same
+ * 100 ns. While until_free waiters are queued, the task that ends a free moment sets `free_since` with the same step
+ * that takes the lock. The bit says: since the latest of these waiters began its call, the lock was not held exclusively
+ * for a moment. Thus a waiter in whose call the bit is set already takes those before it off the list and clears it.
+ * A task that takes until_free waiters off the list tells them whether there was such a moment.
  *
  * All conflicts are decided on the one state word, in its modification order: a waiter publishes itself
  * (has_waiters, with the list behind it) before its last attempt, and a releaser gives up before it looks at
@@ -79,7 +86,12 @@
 
 namespace adaptive {
 
-enum class LockMode : uint8_t { exclusive, shared, until_free };
+enum class LockMode : uint8_t {
+    exclusive,
+    shared,
+    until_free,
+    freed
+};  ///< freed: of an until_free waiter that is off the list: the lock was free during its call (I7)
 enum class WaitState : uint8_t {
     not_waiting,
     waiting,
@@ -106,6 +118,7 @@ struct StateBits {
     uint32_t list_locked;  ///< spinlock over the wait list
     uint32_t spinner;      ///< somebody spins for this lock
     uint32_t until_free;   ///< an until_free waiter is at the head of the wait list
+    uint32_t free_since;   ///< the lock was free since the latest of them began to wait (I7)
     uint32_t exclusive;    ///< held exclusively
     uint32_t shared;       ///< one shared hold; holds add up
     uint32_t held_mask;    ///< every bit of a hold, exclusive or shared
@@ -114,9 +127,9 @@ struct StateBits {
 /// What a task keeps of its own between its calls. Starts empty; belongs to one task, also in memory that is shared.
 template <class Lock>
 struct LockTask {
-    Lock* spinning_for = nullptr;  ///< the lock whose spinner bit is this task's, or may be (I6)
-    uint64_t sparing_since = 0;    ///< 0: the last wake-up that was due was sent
-    Lock* spun_for = nullptr;      ///< got by a spin of `spun_ticks`, to be counted after the hold
+    Lock* waiting_for = nullptr;  ///< the lock that it waits for, spinning or queued (I6)
+    uint64_t sparing_since = 0;   ///< 0: the last wake-up that was due was sent
+    Lock* spun_for = nullptr;     ///< got by a spin of `spun_ticks`, to be counted after the hold
     uint64_t spun_ticks = 0;
     PaceLearner pace;
 };
@@ -179,36 +192,42 @@ class AdaptiveLock {
         }
         begin_to_wait(lock);
         queue_self(lock, LockMode::until_free);
-        if (attempt(lock, mode)) {
+        const bool taken = attempt(lock, mode);
+        if (taken) {
             dequeue_self(lock);
             Host::set_owner(lock);
-            return true;
+        } else {
+            sleep_until_woken(lock, LockMode::until_free, mode);
         }
-        sleep_until_woken(lock, LockMode::until_free, mode);
-        return false;
+        end_to_wait();
+        return taken;
     }
 
     /**
-     * Waits until the lock is not held exclusively (true), or `settled()` says that there is no more to wait
-     * for (false). Whoever changes what `settled` looks at does so inside update(), or before a release.
+     * Waits until the lock is not held exclusively, or was not for a moment since the call began (true), or until
+     * `settled()` says that there is no more to wait for (false). Whoever changes what `settled` looks at does so inside
+     * update(), or before a release.
      */
     template <class Settled>
     static bool wait_until(Lock& lock, Settled&& settled) {
         for (;;) {
             if (!held_exclusively(lock)) return true;
             if (settled()) return false;
-            abandon_spin();
+            begin_to_wait(lock);
 
             // From here on, a release or an update wakes us (I3). What happened before is seen by looking
             // again: a change inside an update() that did not find us came before, on the state word.
             queue_self(lock, LockMode::until_free);
-            const bool freed = !held_exclusively(lock);
-            if (freed || settled()) {
+            bool freed = !held_exclusively(lock);
+            const bool over = freed || settled();
+            if (over) {
                 dequeue_self(lock);
-                return freed;
+            } else {
+                sleep_until_woken(lock, LockMode::until_free, LockMode::exclusive);
+                freed = Host::wait_mode(Host::self()) == LockMode::freed;
             }
-            Host::count(lock, LockEvent::contended, 1);
-            sleep_until_woken(lock, LockMode::until_free, LockMode::exclusive);
+            end_to_wait();
+            if (over || freed) return freed;
         }
     }
 
@@ -217,7 +236,7 @@ class AdaptiveLock {
     static void update(Lock& lock, Change&& change) {
         lock_list(lock);
         change();
-        WaitList woken = take_until_free(lock);
+        WaitList woken = take_until_free(lock, was_free(lock));
         unlock_list(lock, 0, 0);
         wake_all(lock, woken);
     }
@@ -239,12 +258,23 @@ class AdaptiveLock {
             count_deferred_spin(lock);
     }
 
-    /// For a task that was thrown out of an acquire (an exit in a signal handler): nobody else would clear
-    /// its bit (I6). Otherwise it does nothing.
-    static void abandon_spin() {
-        if (Host::task().spinning_for == nullptr) return;
-        Lock& lock = *std::exchange(Host::task().spinning_for, nullptr);
-        const uint32_t left = Host::state(lock).fetch_and(~kBits.spinner) & ~kBits.spinner;
+    /// For a task that was thrown out of an acquire (an exit in a signal handler): nobody else would clear away what it
+    /// left behind (I6). Otherwise it does nothing.
+    static void abandon() {
+        if (Host::task().waiting_for == nullptr) [[likely]]
+            return;
+        Lock& lock = *std::exchange(Host::task().waiting_for, nullptr);
+        const Waiter self = Host::self();
+        if (wait_state(self) != WaitState::not_waiting) {
+            dequeue_self(lock);
+            // As a waker would: the signal handler may return, and the acquire that it interrupted go on.
+            Host::wake(self);
+        }
+        // The spinner bit may be another task's by now: clearing that costs a wake-up. A duty to wake may be this
+        // task's (I1).
+        auto state = Host::state(lock);
+        state.fetch_or(kBits.release_ok);
+        const uint32_t left = state.fetch_and(~kBits.spinner) & ~kBits.spinner;
         if (is_free_with_waiters(left)) after_release(lock, left);
     }
 
@@ -264,14 +294,23 @@ class AdaptiveLock {
 
     static bool held_exclusively(Lock& lock) { return (Host::state(lock).load() & kBits.exclusive) != 0; }
 
+    /// List locked, until_free waiters in it: was the lock free since the latest of them began its call (I7)?
+    static bool was_free(Lock& lock) {
+        const uint32_t seen = Host::state(lock).load();
+        return (seen & kBits.free_since) != 0 || (seen & kBits.exclusive) == 0;
+    }
+
     /// Takes the lock if it is free for `mode`, clearing the bits in `clear` with the same step.
     static bool attempt(Lock& lock, LockMode mode, uint32_t clear = 0) {
         auto state = Host::state(lock);
         const uint32_t conflicts = conflicts_of(mode), hold = hold_of(mode);
         uint32_t seen = state.load();
-        while ((seen & conflicts) == 0)
-            if (state.compare_exchange_weak(seen, (seen + hold) & ~clear)) [[likely]]
+        while ((seen & conflicts) == 0) {
+            uint32_t taken = (seen + hold) & ~clear;
+            if (mode == LockMode::exclusive && (seen & kBits.until_free)) taken |= kBits.free_since;  // I7
+            if (state.compare_exchange_weak(seen, taken)) [[likely]]
                 return true;
+        }
         return false;
     }
 
@@ -285,8 +324,14 @@ class AdaptiveLock {
     }
 
     static void begin_to_wait(Lock& lock) {
-        abandon_spin();  // left over from an acquire that this one interrupted
+        abandon();  // left over from an acquire that this one interrupted
+        Host::task().waiting_for = &lock;
+        std::atomic_signal_fence(std::memory_order_seq_cst);  // I6
         Host::count(lock, LockEvent::contended, 1);
+    }
+    static void end_to_wait() {
+        std::atomic_signal_fence(std::memory_order_seq_cst);
+        Host::task().waiting_for = nullptr;
     }
 
     [[gnu::noinline]] static void acquire_contended(Lock& lock, LockMode mode) {
@@ -305,6 +350,7 @@ class AdaptiveLock {
             sleep_until_woken(lock, mode, mode);
             if (attempt(lock, mode)) break;
         }
+        end_to_wait();
         Host::set_owner(lock);
         if (mode == LockMode::exclusive) Host::task().pace.waited(&lock, spun);
     }
@@ -323,12 +369,9 @@ class AdaptiveLock {
             [&] { return Host::owner(lock); },
             [&](auto owner) { return policy == WaitPolicy::blind ? SchedState::on_cpu : Host::look(owner); },
             Host::budget(), mode == LockMode::exclusive ? Host::task().pace.pace(&lock) : SpinPace::quick());
-        if (mode == LockMode::exclusive) {
-            // From here on releases wake again; the queueing and last attempt that follow make good for those
-            // before.
-            if (end != SpinEnd::acquired) Host::state(lock).fetch_and(~kBits.spinner);
-            Host::task().spinning_for = nullptr;
-        }
+        // From here on releases wake again; the queueing and last attempt that follow make good for those before.
+        if (mode == LockMode::exclusive && end != SpinEnd::acquired)
+            Host::state(lock).fetch_and(~kBits.spinner);
 
         LockTask<Lock>& task = Host::task();
         const uint64_t ticks = CycleClock::now() - start;
@@ -364,10 +407,7 @@ class AdaptiveLock {
     static bool become_spinner(Lock& lock) {
         auto state = Host::state(lock);
         if ((state.load(std::memory_order_relaxed) & kBits.spinner) && seems_to_spin(lock)) return false;
-        // The note comes first, and the bit last: an exit in a signal handler may come between any two (I6).
-        Host::task().spinning_for = &lock;
         Host::set_spinner(lock);
-        std::atomic_signal_fence(std::memory_order_seq_cst);
         state.fetch_or(kBits.spinner);
         return true;
     }
@@ -404,15 +444,15 @@ class AdaptiveLock {
     static void wake_waiters(Lock& lock) {
         Host::task().sparing_since = 0;
         lock_list(lock);
-        WaitList woken = Host::empty_list();
+        WaitList woken = take_freed(lock);
         WaitList& list = Host::wait_list(lock);
         bool woke_locker = false;
         for (Waiter w = Host::first(list); w != Host::kNobody;) {
             const Waiter next = Host::next(list, w);
             const LockMode mode = Host::wait_mode(w);
-            if (!(woke_locker && mode == LockMode::exclusive)) {
+            if (mode != LockMode::until_free && !(woke_locker && mode == LockMode::exclusive)) {
                 move_to(list, woken, w);
-                if (mode != LockMode::until_free) woke_locker = true;
+                woke_locker = true;
                 if (mode == LockMode::exclusive) break;
             }
             w = next;
@@ -428,7 +468,10 @@ class AdaptiveLock {
     }
 
     static void wake_until_free(Lock& lock) {
-        update(lock, [] {});
+        lock_list(lock);
+        WaitList woken = take_freed(lock);
+        unlock_list(lock, 0, 0);
+        wake_all(lock, woken);
     }
 
     // ---- the wait list (I2) ----
@@ -438,7 +481,7 @@ class AdaptiveLock {
             Host::lock_list_contended(lock);
     }
 
-    /// Unlocks the wait list, sets and clears the given bits, and makes has_waiters and until_free true
+    /// Unlocks the wait list, sets and clears the given bits, and makes has_waiters, until_free and free_since true
     /// again.
     static void unlock_list(Lock& lock, uint32_t set, uint32_t clear) {
         WaitList& list = Host::wait_list(lock);
@@ -449,6 +492,7 @@ class AdaptiveLock {
             if (Host::wait_mode(Host::first(list)) == LockMode::until_free) set |= kBits.until_free;
         }
         clear |= kBits.list_locked | (described & ~set);
+        if (!(set & kBits.until_free)) clear |= kBits.free_since;
         auto state = Host::state(lock);
         uint32_t seen = state.load(std::memory_order_relaxed);
         while (!state.compare_exchange_weak(seen, (seen | set) & ~clear)) {
@@ -459,6 +503,13 @@ class AdaptiveLock {
         const Waiter self = Host::self();
         if (wait_state(self) != WaitState::not_waiting) Host::queued_already();
         lock_list(lock);
+        WaitList woken = Host::empty_list();
+        uint32_t clear = 0;
+        if (mode == LockMode::until_free && (Host::state(lock).load() & kBits.free_since)) {
+            woken = take_until_free(lock,
+                                    true);  // that moment was theirs, and may have been before our call (I7)
+            clear = kBits.free_since;
+        }
         Host::set_wait_mode(self, mode);
         set_wait_state(self, WaitState::waiting);
         WaitList& list = Host::wait_list(lock);
@@ -469,7 +520,8 @@ class AdaptiveLock {
             Host::push_head(list, self);
         else
             Host::push_tail(list, self);
-        unlock_list(lock, 0, 0);
+        unlock_list(lock, 0, clear);
+        wake_all(lock, woken);
     }
 
     /// Undoes queue_self(): the lock turned out not to be worth sleeping for.
@@ -477,12 +529,13 @@ class AdaptiveLock {
         const Waiter self = Host::self();
         lock_list(lock);
         const bool still_queued = wait_state(self) == WaitState::waiting;
-        if (still_queued) Host::erase(Host::wait_list(lock), self);
+        if (still_queued) {
+            Host::erase(Host::wait_list(lock), self);
+            set_wait_state(self, WaitState::not_waiting);
+        }
         unlock_list(lock, 0, 0);
 
-        if (still_queued) {
-            set_wait_state(self, WaitState::not_waiting);
-        } else {
+        if (!still_queued) {
             // Somebody chose us to be woken and may have cleared release_ok for it: the duty is ours, give it
             // back to the releasers. Then absorb the wake-up, or it would end some later sleep.
             Host::state(lock).fetch_or(kBits.release_ok);
@@ -514,13 +567,19 @@ class AdaptiveLock {
         while (taken_in_excess-- > 0) Host::wake(self);
     }
 
-    static WaitList take_until_free(Lock& lock) {
+    /// The bystanders, unless they began to wait after the free moment for which they are to be woken.
+    static WaitList take_freed(Lock& lock) {
+        return was_free(lock) ? take_until_free(lock, true) : Host::empty_list();
+    }
+
+    static WaitList take_until_free(Lock& lock, bool freed) {
         WaitList woken = Host::empty_list();
         WaitList& list = Host::wait_list(lock);
         for (Waiter w = Host::first(list);
              w != Host::kNobody && Host::wait_mode(w) == LockMode::until_free;) {
             const Waiter next = Host::next(list, w);
             move_to(list, woken, w);
+            if (freed) Host::set_wait_mode(w, LockMode::freed);
             w = next;
         }
         return woken;
