@@ -6,6 +6,8 @@
 #include <gtest/gtest.h>
 #include <linux/bpf.h>
 #include <pwd.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 
 #include <cstring>
@@ -22,6 +24,16 @@ using namespace adaptive;
 using test::Child;
 using test::eventually;
 using test::Shared;
+
+namespace {
+int kills = 0;
+}  // namespace
+
+// In the place of the C library's: counts how often somebody is asked for.
+extern "C" int kill(pid_t pid, int signal) noexcept {
+    kills++;
+    return static_cast<int>(syscall(SYS_kill, pid, signal));
+}
 
 static_assert(offsetof(sched_slot, state) == 0 && offsetof(sched_slot, cpu) == 4);
 static_assert(offsetof(sched_slot, tid) == 8 && offsetof(sched_slot, generation) == 12);
@@ -73,6 +85,14 @@ class MirrorTest : public test::PrivateMirror {
         memset(&attr, 0, sizeof(attr));
         attr.pathname = reinterpret_cast<uintptr_t>(path.c_str());
         return static_cast<int>(syscall(SYS_bpf, BPF_OBJ_GET, &attr, sizeof(attr)));
+    }
+    // Claims a slot in the name of a task of this pid namespace, which need not exist.
+    static void claim_for(sched_claim& claim, pid_t tid) {
+        struct stat status;
+        ASSERT_EQ(stat("/proc/self/ns/pid", &status), 0);
+        claim.tid = static_cast<uint32_t>(tid);
+        const uint32_t where[2] = {static_cast<uint32_t>(status.st_ino), claim.generation};
+        memcpy(&claim.seen_switches + 1, where, sizeof(where));
     }
     // Takes the switch program away and leaves the mirror as it is: from now on every switch is missed.
     void stop_recording() {
@@ -397,9 +417,8 @@ TEST_F(MirrorTest, OutOfSlotsThenOneComesBack) {
 TEST_F(MirrorTest, ClaimOfAVanishedTaskIsTakenOver) {
     reload("--slots 1 --group root");
     Child vanished([] {});
-    const auto tid = static_cast<uint32_t>(vanished.pid);
     const bpf::Maps raw = maps();
-    raw.claim_array[1].tid = tid;
+    claim_for(raw.claim_array[1], vanished.pid);
     Mirror mirror;
     open(mirror);
     MirrorTask task;
@@ -411,6 +430,97 @@ TEST_F(MirrorTest, ClaimOfAVanishedTaskIsTakenOver) {
     task.detach();
     mirror.close();
     bpf::close_maps(raw);
+}
+
+// A mirror without a free slot costs those who look for one little, and only at that moment.
+TEST_F(MirrorTest, AFullMirrorIsLookedAtBriefly) {
+    for (const int slots : {100, 65534}) {
+        reload("--group root --slots " + std::to_string(slots));
+        const bpf::Maps raw = maps();
+        for (int slot = 1; slot <= slots; slot++) claim_for(raw.claim_array[slot], getpid());
+        Mirror mirror;
+        open(mirror);
+        MirrorTask task;
+        Error error;
+        EXPECT_FALSE(task.attach(mirror, &error));
+        EXPECT_NE(strstr(error.text, (" " + std::to_string(slots) + " slots").c_str()), nullptr)
+            << error.text;
+        kills = 0;
+        for (int tries = 0; tries < 10; tries++) EXPECT_FALSE(task.attach(mirror, &error));
+        EXPECT_LE(kills, 10 * 8) << "of " << slots << " slots";
+        EXPECT_GT(kills, 0);
+        mirror.close();
+        bpf::close_maps(raw);
+    }
+}
+
+// Whichever slot of a full mirror becomes free, or lost its task unseen, it is found after some tries.
+TEST_F(MirrorTest, TheLastFreeSlotIsFoundAfterSomeTries) {
+    constexpr int kSlots = 4096;
+    reload("--group root --slots " + std::to_string(kSlots));
+    const bpf::Maps raw = maps();
+    Mirror mirror;
+    open(mirror);
+    for (int slot = 1; slot <= kSlots; slot++) claim_for(raw.claim_array[slot], getpid());
+    Child vanished([] {});
+    vanished.wait();
+    Error error;
+    for (const bool died : {false, true}) {
+        for (const int free : {1, 2, 63, 64, 65, 1000, 2047, 2048, 4095, 4096}) {
+            if (died) {
+                Child child([] {});
+                claim_for(raw.claim_array[free], child.pid);
+                child.wait();
+            } else {
+                raw.claim_array[free].tid = 0;
+            }
+            MirrorTask task;
+            int tries = 1;
+            while (!task.attach(mirror, &error) && tries < 5000) tries++;
+            EXPECT_EQ(task.slot(), free) << error.text;
+            EXPECT_LE(tries, died ? 1024 : 128) << "slot " << free << (died ? " of a dead task" : "");
+            task.detach();
+            claim_for(raw.claim_array[free], getpid());
+        }
+    }
+    mirror.close();
+    bpf::close_maps(raw);
+}
+
+// For a task of another pid namespace kill(2) finds nobody, or somebody else.
+TEST_F(MirrorTest, PidNamespacesLeaveEachOtherTheirSlots) {
+    for (const bool outside_first : {false, true}) {
+        reload("--slots 1 --group root");
+        Shared<Report> outside, inside;
+        const auto hold = [&](Report& report) {
+            Mirror mirror;
+            MirrorTask task;
+            if (!join(mirror, task, report)) return;
+            report.noted = 1;
+            while (task.note_running()) usleep(1000);
+            report.stale = 1;
+            pause();
+        };
+        const auto in_another = [&] {
+            if (unshare(CLONE_NEWPID) != 0) _exit(1);
+            Child first([&] {  // process 1: the others end with it
+                prctl(PR_SET_PDEATHSIG, SIGKILL);
+                Child second([&] { hold(*inside); });
+                second.wait();
+            });
+            first.wait();
+        };
+        Report &owner = outside_first ? *outside : *inside, &rival = outside_first ? *inside : *outside;
+        auto child = std::make_unique<Child>([&] { outside_first ? hold(*outside) : in_another(); });
+        ASSERT_TRUE(joined(owner)) << owner.text;
+        {
+            Child other([&] { outside_first ? in_another() : hold(*outside); });
+            EXPECT_FALSE(joined(rival)) << (outside_first ? "from inside" : "from outside");
+            EXPECT_NE(strstr(rival.text, "all 1 slots"), nullptr) << rival.text;
+        }
+        usleep(20000);
+        EXPECT_EQ(owner.stale, 0u) << "its slot was taken";
+    }
 }
 
 // Nor is there a task behind a number that is none. (As a signed number these are process groups, and all

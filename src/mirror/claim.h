@@ -10,10 +10,19 @@
 
 namespace adaptive {
 
+// A claimant looks at so many slots, and so do those who look for one.
+inline constexpr uint32_t kClaimLooks = 64;
+
 // A task claims the first free slot behind a place of its own, so that many starting at once do not fight over
-// the same slots, and that others find it. Counted from 0.
+// the same slots, and that others find it. Counted from 0. The places of consecutive numbers lie as far from each
+// other as can be (Knuth, TAOCP 3, 6.4: Fibonacci hashing), whatever the number of slots.
 inline uint32_t claim_place(uint32_t tid, uint32_t slots) noexcept {
-    return static_cast<uint32_t>((tid * 2654435761ULL) >> 16) % slots;
+    return static_cast<uint32_t>((uint64_t{tid * 2654435769U} * slots) >> 32);
+}
+
+// Whether a task of any pid namespace may have that id. No kernel gives higher ones (proc(5): pid_max).
+inline bool is_task_id(uint32_t tid) noexcept {
+    return tid != 0 && tid <= 1U << 22;
 }
 
 // Whether there is a process or thread of that id in this pid namespace. A claim may say anything: kill() would

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
+
 #include "mirror/claim.h"
 #include "mirror/error.h"
 #include "source/bpf_source.h"
@@ -71,9 +73,8 @@ bool Mirror::active() const noexcept {
 }
 
 SlotId Mirror::find(uint32_t tid) const noexcept {
-    constexpr uint32_t kLooks = 64;
     if (tid == 0) return 0;
-    const uint32_t slots = capacity(), looks = slots < kLooks ? slots : kLooks;
+    const uint32_t slots = capacity(), looks = std::min(slots, kClaimLooks);
     for (uint32_t i = 0; i < looks; i++) {
         const uint32_t slot = 1 + (claim_place(tid, slots) + i) % slots;
         const uint32_t* claimant = source_ == Source::bpf ? &claims_[slot].tid : &rseq_slots_[slot].tid;

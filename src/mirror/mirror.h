@@ -131,6 +131,8 @@ enum class Recording : uint8_t {
 class MirrorTask {
   public:
     // bpf: claims a slot and registers the calling task with the kernel. Attached already: true.
+    // Looks at 64 slots, beginning elsewhere each time, so that the last free slot of a large table takes some
+    // tries to be found; and asks kill(2) about up to 8 claims whose task may have died unseen.
     bool attach(Mirror& mirror, Error* error) noexcept;
 
     // rseq, slot chosen by the caller, who must not give it to two tasks. blocked_word: not 0 while the task
@@ -138,7 +140,8 @@ class MirrorTask {
     bool attach_rseq(Mirror& mirror, SlotId slot, const volatile uint32_t* blocked_word,
                      Error* error) noexcept;
 
-    // rseq, a free slot of the table; slots of tasks that no longer exist are taken over.
+    // rseq, a free slot of the table, found as by attach(). Slots of tasks that no longer exist are taken over, by
+    // tasks of the same pid namespace.
     bool attach_rseq_claim(Mirror& mirror, Error* error) noexcept;
 
     void detach() noexcept;
@@ -164,7 +167,7 @@ class MirrorTask {
 
   private:
     bool note_switched(uint64_t switches) noexcept;
-    void enter_rseq(Mirror& mirror, SlotId slot, uint64_t blocked_word) noexcept;
+    void enter_rseq(Mirror& mirror, SlotId slot, uint32_t generation, uint64_t blocked_word) noexcept;
 
     static constexpr uint64_t kNeverCounts = 0;
 
@@ -181,6 +184,7 @@ class MirrorTask {
     uint64_t attached_at_ = 0;  // switch counts: when attached, and after the last sleep
     uint64_t slept_at_ = 0;
     uint32_t unmoved_sleeps_ = 0;
+    uint32_t failed_tries_ = 0;  // to claim a slot
     int64_t unmoved_since_ = 0;  // this task's own count of its switches, when they were first asked for
     int tasks_fd_ = -1;
 

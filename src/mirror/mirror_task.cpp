@@ -1,12 +1,19 @@
 // A task's registration: claiming a slot, and giving it back.
 //
-// A claim is a compare-and-swap of the claimant's thread id into a free slot. The claim's generation then
-// moves on by one, and the registration carries it: of two tasks that believe the slot theirs (one was taken
-// for dead, or speaks from another pid namespace), the kernel follows the newer, and the older learns so at
-// its next note_running().
+// A claim is a compare-and-swap of the claimant's thread id and a new generation into a free slot. The
+// registration carries that generation: of two tasks that believe the slot theirs (one was taken for dead), the
+// kernel follows the newer, and the older learns so at its next note_running().
+//
+// A task that died between claiming and registering left a claim that nobody gives back (of source rseq: one that
+// did not detach). Another one takes it over, if kill(2) knows no such task. That says something of the tasks of
+// the asker's own pid namespace only, so a claimant says which one is its: in a word of its own that names the
+// claim's generation. A claim of which nothing was said yet is left alone.
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <cstring>
 #include <initializer_list>
@@ -19,21 +26,33 @@
 namespace adaptive {
 namespace {
 
-bool swap(uint32_t* word, uint32_t from, uint32_t to) noexcept {
-    // Acquire pairs with the release of whoever freed the slot: its last words are visible to the new user.
-    return __atomic_compare_exchange_n(word, &from, to, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+// Two neighbours that are read and written as one word.
+struct Claimant {
+    uint32_t tid, generation;
+};
+static_assert(offsetof(sched_claim, tid) == 0 && offsetof(sched_claim, generation) == 4);
+static_assert(offsetof(RseqSlot, tid) == 0 && offsetof(RseqSlot, generation) == 4);
+static_assert(offsetof(sched_claim, whence) % 8 == 0 && offsetof(RseqSlot, whence) % 8 == 0);
+
+template <class Slot>
+Claimant claimant_of(const Slot& slot) noexcept {
+    return std::bit_cast<Claimant>(
+        __atomic_load_n(reinterpret_cast<const uint64_t*>(&slot), __ATOMIC_RELAXED));
 }
 
-// Gives a claim back and moves its generation on, in one store: whoever remembers this task by slot and
-// generation never meets the next one, as after a death (schedmirror.bpf.c).
-void leave(sched_claim* claim, uint32_t tid, uint32_t generation) noexcept {
-    static_assert(offsetof(sched_claim, tid) == 0 && offsetof(sched_claim, generation) == 4);
-    const uint32_t from[2] = {tid, generation}, to[2] = {0, generation + 1};
-    uint64_t expected, desired;
-    memcpy(&expected, from, sizeof(expected));
-    memcpy(&desired, to, sizeof(desired));
-    __atomic_compare_exchange_n(reinterpret_cast<uint64_t*>(claim), &expected, desired, false,
-                                __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
+template <class Slot>
+bool replace(Slot& slot, Claimant from, Claimant to) noexcept {
+    auto expected = std::bit_cast<uint64_t>(from);
+    // Acquire pairs with the release of whoever freed the slot: its last words are visible to the new user.
+    return __atomic_compare_exchange_n(reinterpret_cast<uint64_t*>(&slot), &expected,
+                                       std::bit_cast<uint64_t>(to), false, __ATOMIC_ACQ_REL,
+                                       __ATOMIC_RELAXED);
+}
+
+// The inode of the calling task's pid namespace; 0: there is no /proc to say it.
+uint32_t pid_namespace() noexcept {
+    struct stat status;
+    return stat("/proc/self/ns/pid", &status) == 0 ? static_cast<uint32_t>(status.st_ino) : 0;
 }
 
 // How often the kernel has switched the calling task out, by its own accounts.
@@ -43,21 +62,49 @@ int64_t times_switched_out() noexcept {
     return usage.ru_nvcsw + usage.ru_nivcsw;
 }
 
-// Claims a slot for `tid`: first a free one, then one whose claimant no longer exists (it died between
-// claiming and registering). word(i) is slot i's claim word. 0: all taken.
-template <typename Word>
-uint32_t claim_slot(uint32_t limit, uint32_t tid, Word word) noexcept {
-    const uint32_t slots = limit - 1;
-    const uint32_t start = claim_place(tid, slots);
+struct Claimed {
+    uint32_t slot;  // 0: none
+    uint32_t generation;
+};
+
+// Claims a slot for `tid`: first a free one, then one whose claimant no longer exists. slot_at(i) is slot i;
+// newer(i, generation): a generation for its next claim.
+template <class SlotAt, class Newer>
+Claimed claim_slot(uint32_t limit, uint32_t tid, uint32_t failed_tries, SlotAt slot_at,
+                   Newer newer) noexcept {
+    constexpr uint32_t kQuestions = 8;
+    const uint32_t slots = limit - 1, looks = std::min(slots, kClaimLooks);
+    const uint32_t start = claim_place(tid + failed_tries, slots);
+    const uint32_t here = pid_namespace();
+    uint32_t questions = 0;
     for (const bool take_over : {false, true}) {
-        for (uint32_t i = 0; i < slots; i++) {
-            const uint32_t slot = 1 + (start + i) % slots;
-            const uint32_t claimant = __atomic_load_n(word(slot), __ATOMIC_RELAXED);
-            if (claimant != 0 && (!take_over || task_exists(claimant))) continue;
-            if (swap(word(slot), claimant, tid)) return slot;
+        for (uint32_t i = 0; i < looks; i++) {
+            const uint32_t number = 1 + (start + i) % slots;
+            auto& slot = slot_at(number);
+            const Claimant seen = claimant_of(slot);
+            if (is_task_id(seen.tid)) {
+                if (!take_over) continue;
+                const auto whence = std::bit_cast<sched_whence>(
+                    __atomic_load_n(reinterpret_cast<const uint64_t*>(&slot.whence), __ATOMIC_RELAXED));
+                if (here == 0 || whence.pid_namespace != here || whence.generation != seen.generation)
+                    continue;
+                if (questions++ == kQuestions) return {0, 0};
+                if (task_exists(seen.tid)) continue;
+            }
+            const uint32_t generation = newer(number, seen.generation);
+            if (!replace(slot, seen, {tid, generation})) continue;
+            __atomic_store_n(reinterpret_cast<uint64_t*>(&slot.whence),
+                             std::bit_cast<uint64_t>(sched_whence{here, generation}), __ATOMIC_RELAXED);
+            return {number, generation};
         }
     }
-    return 0;
+    return {0, 0};
+}
+
+bool fail_full(Error* error, const char* table, uint32_t slots, const char* advice) noexcept {
+    if (slots <= kClaimLooks) return fail(error, "all %u slots of the %s are taken%s", slots, table, advice);
+    return fail(error, "all %u slots of the %s are taken, or so say %u of them%s", slots, table, kClaimLooks,
+                advice);
 }
 
 }  // namespace
@@ -68,26 +115,23 @@ bool MirrorTask::attach(Mirror& mirror, Error* error) noexcept {
     if (!mirror.active()) return fail(error, "the mirror has been unloaded: run `schedmirror load` as root");
 
     const auto tid = static_cast<uint32_t>(gettid());
-    const uint32_t slot = claim_slot(mirror.limit_, tid, [&](uint32_t i) { return &mirror.claims_[i].tid; });
-    if (slot == 0)
-        return fail(
-            error,
-            "all %u slots of the mirror are taken: `schedmirror unload`, then `schedmirror load --slots` "
-            "with a larger number",
-            mirror.capacity());
+    const auto [slot, generation] = claim_slot(
+        mirror.limit_, tid, failed_tries_, [&](uint32_t i) -> sched_claim& { return mirror.claims_[i]; },
+        [&](uint32_t i, uint32_t claimed) {
+            const uint32_t recorded = __atomic_load_n(&mirror.slots_[i].generation, __ATOMIC_RELAXED);
+            return 1 + (static_cast<int32_t>(recorded - claimed) > 0 ? recorded : claimed);
+        });
+    if (slot == 0) {
+        failed_tries_++;
+        return fail_full(error, "mirror", mirror.capacity(),
+                         ": `schedmirror unload`, then `schedmirror load --slots` with a larger number");
+    }
 
     sched_claim* claim = &mirror.claims_[slot];
     const sched_slot* mine = &mirror.slots_[slot];
-    uint32_t generation = __atomic_add_fetch(&claim->generation, 1, __ATOMIC_RELAXED);
-    const uint32_t recorded = __atomic_load_n(&mine->generation, __ATOMIC_RELAXED);
-    if (static_cast<int32_t>(generation - recorded) <= 0) {
-        generation = recorded + 1;
-        __atomic_store_n(&claim->generation, generation, __ATOMIC_RELAXED);
-    }
-
     const int problem = bpf::set_registration(mirror.tasks_fd_, {slot, generation});
     if (problem != 0) {
-        swap(&claim->tid, tid, 0);
+        replace(*claim, {tid, generation}, {0, generation + 1});
         if (problem == EINVAL && gettid() != getpid())
             return fail(error, "this kernel cannot register a single thread: Linux 6.9 or later is needed");
         return fail(error, "the kernel does not register this task with the mirror: %s", strerror(problem));
@@ -168,7 +212,7 @@ bool MirrorTask::attach_rseq(Mirror& mirror, SlotId slot, const volatile uint32_
 
     RseqSlot& s = mirror.rseq_slots_[slot];
     __atomic_store_n(&s.tid, static_cast<uint32_t>(gettid()), __ATOMIC_RELAXED);
-    enter_rseq(mirror, slot, word);
+    enter_rseq(mirror, slot, __atomic_add_fetch(&s.generation, 1, __ATOMIC_RELAXED), word);
     return true;
 }
 
@@ -176,20 +220,26 @@ bool MirrorTask::attach_rseq_claim(Mirror& mirror, Error* error) noexcept {
     if (slot_ != 0) return true;
     if (mirror.source_ != Source::rseq) return fail(error, "no rseq mirror is open");
     if (rseq_cpu_word() == nullptr) return fail(error, "no rseq area in this thread");
-    const uint32_t slot = claim_slot(mirror.limit_, static_cast<uint32_t>(gettid()),
-                                     [&](uint32_t i) { return &mirror.rseq_slots_[i].tid; });
-    if (slot == 0) return fail(error, "all %u slots of the rseq table are taken", mirror.capacity());
-    enter_rseq(mirror, static_cast<SlotId>(slot), 0);
+    const auto [slot, generation] = claim_slot(
+        mirror.limit_, static_cast<uint32_t>(gettid()), failed_tries_,
+        [&](uint32_t i) -> RseqSlot& { return mirror.rseq_slots_[i]; },
+        [](uint32_t, uint32_t claimed) { return claimed + 1; });
+    if (slot == 0) {
+        failed_tries_++;
+        return fail_full(error, "rseq table", mirror.capacity(), "");
+    }
+    enter_rseq(mirror, static_cast<SlotId>(slot), generation, 0);
     return true;
 }
 
-void MirrorTask::enter_rseq(Mirror& mirror, SlotId slot, uint64_t blocked_word) noexcept {
+void MirrorTask::enter_rseq(Mirror& mirror, SlotId slot, uint32_t generation,
+                            uint64_t blocked_word) noexcept {
     RseqSlot& s = mirror.rseq_slots_[slot];
     *this = MirrorTask();
     source_ = Source::rseq;
     seen_ = kNeverCounts + 1;
     slot_ = slot;
-    generation_ = __atomic_add_fetch(&s.generation, 1, __ATOMIC_RELAXED);
+    generation_ = generation;
     tid_ = static_cast<uint32_t>(gettid());
     rseq_mine_ = &s;
     rseq_cpus_ = mirror.rseq_cpus_;
@@ -204,14 +254,16 @@ void MirrorTask::detach() noexcept {
         bpf::delete_registration(tasks_fd_);
         if (__atomic_load_n(&claim_->generation, __ATOMIC_RELAXED) == generation_) {
             __atomic_store_n(&claim_->seen_switches, SCHED_NEVER_SEEN, __ATOMIC_RELAXED);
-            leave(claim_, tid_, generation_);
+            // The generation moves on in the same store: whoever remembers this task by slot and generation never
+            // meets the next one, as after a death (schedmirror.bpf.c).
+            replace(*claim_, {tid_, generation_}, {0, generation_ + 1});
         }
     }
     if (source_ == Source::rseq &&
         __atomic_load_n(&rseq_mine_->generation, __ATOMIC_RELAXED) == generation_) {
         __atomic_store_n(&rseq_mine_->blocked_word, 0, __ATOMIC_RELAXED);
         __atomic_store_n(&rseq_mine_->cpu, kNoCpu, __ATOMIC_RELAXED);
-        swap(&rseq_mine_->tid, tid_, 0);
+        replace(*rseq_mine_, {tid_, generation_}, {0, generation_});
     }
     *this = MirrorTask();
 }

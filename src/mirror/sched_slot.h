@@ -33,11 +33,18 @@ struct sched_slot {
     __u8 pad[32];
 };
 
+/* Which pid namespace a claim's thread id belongs to: elsewhere it says nothing of who lives. */
+struct sched_whence {
+    __u32 pid_namespace; /* its inode; 0: unknown */
+    __u32 generation;    /* of the claim that this was said of, as one word with the inode */
+};
+
 struct sched_claim {
     __u32 tid;           /* 0: free. Claimed by compare-and-swap; in the claimant's pid namespace */
     __u32 generation;    /* + 1 at every claim and at every death: tells a slot's users in time apart */
     __u64 seen_switches; /* "I was running when my slot had this count of switches" */
-    __u8 pad[48];
+    struct sched_whence whence;
+    __u8 pad[40];
 };
 
 struct sched_header {

@@ -15,6 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "mirror/sched_slot.h"
 #include "rseq/rseq_area.h"
 
 namespace adaptive {
@@ -25,12 +26,13 @@ struct RseqHeader {
 };
 
 struct RseqSlot {
-    uint32_t cpu;         // kNoCpu: nobody here
     uint32_t tid;         // 0: free (claimed slots); in the claimant's pid namespace
     uint32_t generation;  // + 1 at every attach
+    uint32_t cpu;         // kNoCpu: nobody here
     uint32_t unused;
     uint64_t blocked_word;  // address of a uint32_t, 0: none
-    uint8_t pad[40];
+    sched_whence whence;    // of a claimant
+    uint8_t pad[32];
 };
 
 struct RseqCpu {
@@ -41,7 +43,7 @@ struct RseqCpu {
 static_assert(sizeof(RseqHeader) == 64 && sizeof(RseqSlot) == 64 && sizeof(RseqCpu) == 64);
 
 inline constexpr uint32_t kRseqMagic = 0x71657372U;  // "rseq"
-inline constexpr uint32_t kRseqVersion = 1;
+inline constexpr uint32_t kRseqVersion = 2;
 
 // Memory: header, slots - 1 tasks behind it (so that slot numbers index from the start), CPUs.
 inline constexpr size_t rseq_table_bytes(uint32_t slots, uint32_t cpus) noexcept {
