@@ -58,6 +58,14 @@ $load->{run}->finish;
 # Many short ones.
 $load = start_endless_load($node, sql => 'SELECT lock_generator_run(100, 100, 0.01)', clients => 4);
 wait_until($node, $registered, '4|0', 'full: four clients without a slot');
+@pids = split /\n/, $node->safe_psql('postgres', "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT lock_generator%'");
+my $calls = calls(8, @pids);
+for my $pid (@pids)
+{
+	my $kills = $calls->{$pid}{kill} // 0;
+	cmp_ok($kills, '<=', 256, "full: process $pid looks at few slots in eight seconds") or diag(shown($calls));
+	cmp_ok($kills, '>', 0, "full: but it does look");
+}
 
 # Emptied.
 empty();
