@@ -18,13 +18,14 @@ my $claims = bpf_open("$MIRROR_DIR/claims");
 my $clients = "SELECT pid FROM pg_stat_activity WHERE query LIKE 'SELECT lock_generator%' AND state = 'active'";
 my $registered = "SELECT count(*), count(slot) FROM pg_stat_activity LEFT JOIN adaptive_lwlock_backends USING (pid) WHERE query LIKE 'SELECT lock_generator%'";
 
-# Writes process 1, which lives, into every claim that is free; empty() frees those again.
+# Writes process 1 of this pid namespace, which lives, into every claim that is free; empty() frees those again.
+my $here = (stat "/proc/self/ns/pid")[1];
 my @claimed;
 sub fill
 {
 	my %taken = map { $_ => 1 } split /\n/, $node->safe_psql('postgres', 'SELECT slot FROM adaptive_lwlock_backends WHERE slot IS NOT NULL AND pid <> pg_backend_pid()');
 	@claimed = grep { !$taken{$_} } 1 .. $slots;
-	bpf_update($claims, $_, pack('LLQx48', 1, 0, 0)) for @claimed;
+	bpf_update($claims, $_, pack('LLQLLx40', 1, 0, 0, $here, 0)) for @claimed;
 	return;
 }
 sub empty { bpf_update($claims, $_, pack('LLQx48', 0, 0, 0)) for @claimed; return; }
