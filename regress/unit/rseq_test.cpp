@@ -236,7 +236,7 @@ TEST_F(RseqTest, HostileTableNeverCrashesAReader) {
         for (size_t i = 0; i < count; i++) words[i] = random();
         for (uint32_t slot = 0; slot < kSlots && round % 2; slot++) {  // plausible CPUs, wild pointers
             auto* s = static_cast<RseqSlot*>(region.get_address()) + slot;
-            s->cpu = static_cast<uint32_t>(random() % kCpus);
+            s->cpu_plus_1 = static_cast<uint32_t>(1 + random() % kCpus);
         }
         for (uint32_t slot = 0; slot <= 65535; slot += slot < 2 * kSlots ? 1 : 977) {
             EXPECT_LE(static_cast<uint32_t>(mirror.look(static_cast<SlotId>(slot))), SCHED_DEAD);

@@ -89,7 +89,7 @@ SlotInfo Mirror::info(SlotId slot) const noexcept {
     info.state = look(slot);
     if (source_ == Source::rseq) {
         const RseqSlot& s = rseq_slots_[slot];
-        info.cpu = __atomic_load_n(&s.cpu, __ATOMIC_RELAXED);
+        info.cpu = __atomic_load_n(&s.cpu_plus_1, __ATOMIC_RELAXED) - 1;
         info.tid = info.claimant = __atomic_load_n(&s.tid, __ATOMIC_RELAXED);
         info.generation = __atomic_load_n(&s.generation, __ATOMIC_RELAXED);
         // look() speaks of others: whoever is on this CPU but me is not running.
@@ -115,7 +115,7 @@ uint32_t Mirror::used() const noexcept {
     uint32_t used = 0;
     for (uint32_t i = 1; i < limit_; i++)
         used += source_ == Source::bpf ? __atomic_load_n(&claims_[i].tid, __ATOMIC_RELAXED) != 0
-                                       : __atomic_load_n(&rseq_slots_[i].cpu, __ATOMIC_RELAXED) != kNoCpu;
+                                       : __atomic_load_n(&rseq_slots_[i].cpu_plus_1, __ATOMIC_RELAXED) != 0;
     return used;
 }
 

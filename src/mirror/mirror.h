@@ -227,7 +227,7 @@ inline sched_claim Mirror::claim(SlotId slot) const noexcept {
 
 inline SchedState Mirror::look_rseq(SlotId slot) const noexcept {
     const RseqSlot& s = rseq_slots_[slot];
-    const uint32_t cpu = __atomic_load_n(&s.cpu, __ATOMIC_RELAXED);
+    const uint32_t cpu = __atomic_load_n(&s.cpu_plus_1, __ATOMIC_RELAXED) - 1;
     if (cpu >= cpus_) return SchedState::unknown;
     const uint64_t word = __atomic_load_n(&s.blocked_word, __ATOMIC_RELAXED);
     if (word >= words_begin_ && word < words_end_ && *reinterpret_cast<const volatile uint32_t*>(word) != 0)
@@ -244,8 +244,8 @@ inline bool MirrorTask::note_running() noexcept {
     if (source_ == Source::bpf) return note_switched(switches);
     if (source_ == Source::rseq) {
         const uint32_t cpu = *cpu_word_;
-        if (__atomic_load_n(&rseq_mine_->cpu, __ATOMIC_RELAXED) != cpu)
-            __atomic_store_n(&rseq_mine_->cpu, cpu, __ATOMIC_RELAXED);
+        if (__atomic_load_n(&rseq_mine_->cpu_plus_1, __ATOMIC_RELAXED) != cpu + 1)
+            __atomic_store_n(&rseq_mine_->cpu_plus_1, cpu + 1, __ATOMIC_RELAXED);
         if (cpu < cpus_ && __atomic_load_n(&rseq_cpus_[cpu].last_slot, __ATOMIC_RELAXED) != slot_)
             __atomic_store_n(&rseq_cpus_[cpu].last_slot, slot_, __ATOMIC_RELAXED);
     }

@@ -262,7 +262,7 @@ void MirrorTask::detach() noexcept {
     if (source_ == Source::rseq &&
         __atomic_load_n(&rseq_mine_->generation, __ATOMIC_RELAXED) == generation_) {
         __atomic_store_n(&rseq_mine_->blocked_word, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&rseq_mine_->cpu, kNoCpu, __ATOMIC_RELAXED);
+        __atomic_store_n(&rseq_mine_->cpu_plus_1, 0, __ATOMIC_RELAXED);
         replace(*rseq_mine_, {tid_, generation_}, {0, generation_});
     }
     *this = MirrorTask();

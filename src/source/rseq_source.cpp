@@ -6,8 +6,10 @@ namespace adaptive {
 
 void rseq_table_format(void* mem, uint32_t slots, uint32_t cpus) noexcept {
     memset(mem, 0, rseq_table_bytes(slots, cpus));
-    auto* table = static_cast<RseqSlot*>(mem);
-    for (uint32_t i = 1; i < slots; i++) table[i].cpu = kNoCpu;
+    rseq_table_head(mem, slots, cpus);
+}
+
+void rseq_table_head(void* mem, uint32_t slots, uint32_t cpus) noexcept {
     auto* header = static_cast<RseqHeader*>(mem);
     header->version = kRseqVersion;
     header->slots = slots;

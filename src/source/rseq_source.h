@@ -28,7 +28,7 @@ struct RseqHeader {
 struct RseqSlot {
     uint32_t tid;         // 0: free (claimed slots); in the claimant's pid namespace
     uint32_t generation;  // + 1 at every attach
-    uint32_t cpu;         // kNoCpu: nobody here
+    uint32_t cpu_plus_1;  // 0: nobody here
     uint32_t unused;
     uint64_t blocked_word;  // address of a uint32_t, 0: none
     sched_whence whence;    // of a claimant
@@ -51,5 +51,7 @@ inline constexpr size_t rseq_table_bytes(uint32_t slots, uint32_t cpus) noexcept
 }
 
 void rseq_table_format(void* mem, uint32_t slots, uint32_t cpus) noexcept;
+// Likewise, in memory that is zero.
+void rseq_table_head(void* mem, uint32_t slots, uint32_t cpus) noexcept;
 
 }  // namespace adaptive
