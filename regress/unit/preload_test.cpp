@@ -782,6 +782,63 @@ TEST_F(Preload, TheWordsAreRead) {
     EXPECT_NE(stats.find("active, source none"), std::string::npos) << stats;
 }
 
+// ---- fork() in other libraries' company ----
+
+// One that holds its mutex over fork(), and registers its handlers before this program's first thread.
+pthread_mutex_t over_fork = PTHREAD_MUTEX_INITIALIZER;
+void lock_over_fork() {
+    pthread_mutex_lock(&over_fork);
+}
+void unlock_over_fork() {
+    pthread_mutex_unlock(&over_fork);
+}
+
+// In a process of its own: its first fork is made by a thread that has or has not used a mutex before.
+int fork_as(const std::string& who) {
+    alarm(5);
+    pthread_atfork(lock_over_fork, unlock_over_fork, unlock_over_fork);
+    std::thread([] { lock_over_fork(), unlock_over_fork(); }).join();
+    std::thread([] {
+        for (;;) lock_over_fork(), usleep(100), unlock_over_fork(), usleep(100);
+    }).detach();
+    int forked = -1;
+    const auto daemonize = [&] {  // forks twice
+        const pid_t child = fork();
+        if (child == 0) {
+            alarm(4);
+            const pid_t grandchild = fork();
+            if (grandchild == 0) _exit((lock_over_fork(), unlock_over_fork(), free(malloc(100)), 0));
+            int status = -1;
+            waitpid(grandchild, &status, 0);
+            _exit(status == 0 ? 0 : 1);
+        }
+        waitpid(child, &forked, 0);
+    };
+    usleep(20000);
+    if (who == "old") lock_over_fork(), unlock_over_fork();
+    if (who == "thread")
+        std::thread(daemonize).join();
+    else
+        daemonize();
+    return forked == 0 ? 0 : 1;
+}
+
+TEST_F(Preload, ForkWaitsForNobody) {
+    std::vector<std::string> allocators = {""};
+    // It has its locks, and holds them over fork() as well. If it is not installed the loader says so.
+    const std::string jemalloc = "libjemalloc.so.2";
+    if (test::shell("LD_PRELOAD=" + jemalloc + " exec /bin/true").output.empty())
+        allocators.push_back(jemalloc + ":");
+    const char* preload = getenv("LD_PRELOAD");
+    for (const std::string& allocator : allocators)
+        for (const std::string who : {"new", "old", "thread"}) {
+            const test::Outcome outcome = test::shell(
+                "PRELOAD_TEST_FORK=" + who + " LD_PRELOAD=" + allocator +
+                (preload != nullptr ? preload : "") + " exec /proc/" + std::to_string(getpid()) + "/exe");
+            EXPECT_EQ(outcome.exit_code, 0) << allocator << who << ": " << outcome.output;
+        }
+}
+
 // ---- running itself ----
 
 int run_all(const std::vector<std::string>& arguments) {
@@ -812,6 +869,7 @@ int run_all(const std::vector<std::string>& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    if (const char* who = getenv("PRELOAD_TEST_FORK"); who != nullptr) return fork_as(who);
     const std::vector<std::string> arguments(argv, argv + argc);
     testing::InitGoogleTest(&argc, argv);
     if (*how() == 0 && !testing::GTEST_FLAG(list_tests)) return run_all(arguments) == 0 ? 0 : 1;

@@ -2,7 +2,9 @@
 // fork.
 #include "lock/this_task.h"
 
+#include <algorithm>
 #include <climits>
+#include <numeric>
 
 #include "lock/mutex.h"
 #include "lock_test.h"
@@ -12,6 +14,34 @@ namespace {
 
 using Wanted = MirrorChoice::Wanted;
 constexpr Sharing kPrivate = Sharing::process_private, kShared = Sharing::process_shared;
+
+// A library that holds its mutex over fork(), so that its child finds it free: pthread_atfork()'s usual use. Its
+// handlers are registered before this process's first lock.
+constinit Mutex over_fork;
+bool holds_over_fork = false;
+[[gnu::constructor]] void register_handlers() {
+    const auto prepare = [] {
+        if (holds_over_fork) over_fork.lock();
+    };
+    const auto after = [] {
+        if (holds_over_fork) over_fork.unlock();
+    };
+    pthread_atfork(prepare, after, after);
+}
+
+// Forks, and the child again. 0: both children could lock.
+int fork_twice() {
+    return Child([] {
+               alarm(5);
+               over_fork.lock();
+               over_fork.unlock();
+               _exit(Child([] {
+                         over_fork.lock();
+                         _exit(0);
+                     }).wait());
+           })
+        .wait();
+}
 
 class ThisTaskTest : public WithSource {
     TimeLimit limit_{60};
@@ -75,6 +105,33 @@ TEST_P(ThisTaskTest, AForkedChildEntersAnew) {
     });
     EXPECT_EQ(child.wait(), 0);
     EXPECT_EQ(this_task().slot(kShared), parents);
+}
+
+// Locks are taken in the handlers of fork(): by a thread that has entered or has not, whose mirror is there or gone.
+TEST_P(ThisTaskTest, ForkWaitsForNobody) {
+    enum { kNew, kEntered, kUnloaded };
+    for (const int who : {kNew, kEntered, kUnloaded}) {
+        if (who == kUnloaded && GetParam() != Source::bpf) continue;
+        Child process([&] {
+            alarm(5);
+            holds_over_fork = true;
+            std::atomic<bool> stop{false};
+            std::thread other([&] {
+                while (!stop) over_fork.lock(), usleep(100), over_fork.unlock(), usleep(100);
+            });
+            usleep(5000);
+            int forked = -1;
+            std::thread([&] {
+                if (who != kNew) over_fork.lock(), over_fork.unlock();
+                if (who == kUnloaded) schedmirror("unload");
+                forked = fork_twice();
+            }).join();
+            stop = true;
+            other.join();
+            _exit(forked == 0 ? 0 : 1);
+        });
+        EXPECT_EQ(process.wait(), 0) << who;
+    }
 }
 
 TEST_P(ThisTaskTest, TheMirrorIsNotTakenFromThreadsThatUseIt) {
@@ -150,6 +207,68 @@ TEST(MirrorChoiceTest, AFullTableLeavesThreadsWithoutASlot) {
         while (entered < 3) usleep(1000);
     });
     EXPECT_NE(strstr(mirror_in_use().refused.text, "taken"), nullptr) << mirror_in_use().refused.text;
+    EXPECT_TRUE(use_mirror({.wanted = Wanted::off}, &error)) << error.text;
+}
+
+// A table of the process's own has room for every thread, and entering it does not depend on how many there are.
+TEST(MirrorChoiceTest, ThousandsOfThreadsEnterAtOnce) {
+    TimeLimit limit(100);
+#ifdef __SANITIZE_THREAD__  // everything takes longer
+    constexpr int kThreads = 500, kBlock = 500;
+    constexpr double kLongest = 1e-3;
+#else
+    constexpr int kThreads = 3000, kBlock = 500;
+    constexpr double kLongest = 50e-6;
+#endif
+    Error error = {};
+    if (!use_mirror({.wanted = Wanted::rseq}, &error)) GTEST_SKIP() << error.text;
+    Mutex mutex;
+    std::atomic<int> entered{0}, without{0};
+    std::atomic<bool> stop{false};
+    std::vector<pthread_t> threads(kThreads);
+    std::vector<double> took(kThreads);
+    struct Argument {
+        std::atomic<int>&entered, &without;
+        std::atomic<bool>& stop;
+        Mutex& mutex;
+        double& took;
+    };
+    std::vector<Argument> arguments;
+    for (int i = 0; i < kThreads; i++) arguments.push_back({entered, without, stop, mutex, took[i]});
+    pthread_attr_t attributes;
+    pthread_attr_init(&attributes);
+    pthread_attr_setstacksize(&attributes, 65536);
+    const auto body = [](void* argument) -> void* {
+        auto& a = *static_cast<Argument*>(argument);
+        const double start = seconds();
+        a.mutex.lock();
+        a.mutex.unlock();
+        a.took = seconds() - start;
+        a.without += this_task().slot(kPrivate) == 0;
+        a.entered++;
+        a.stop.wait(false);
+        return nullptr;
+    };
+    for (int i = 0; i < kThreads; i++) {
+        ASSERT_EQ(pthread_create(&threads[i], &attributes, body, &arguments[i]), 0);
+        if (i % kBlock == kBlock - 1) {
+            ASSERT_TRUE(eventually([&] { return entered == i + 1; }, 60));
+        }
+    }
+    EXPECT_EQ(without, 0);
+    EXPECT_EQ(mirror_in_use().used, kThreads + 1u);
+    stop = true;
+    stop.notify_all();
+    for (const pthread_t thread : threads) pthread_join(thread, nullptr);
+    EXPECT_EQ(mirror_in_use().used, 1u);
+    for (int from = 0; from < kThreads; from += kBlock) {
+        std::sort(took.begin() + from, took.begin() + from + kBlock);
+        // The slowest twentieth was preempted.
+        constexpr int kCounted = kBlock * 19 / 20;
+        const double sum = std::accumulate(took.begin() + from, took.begin() + from + kCounted, 0.0);
+        EXPECT_LE(sum / kCounted, kLongest) << "threads " << from << " to " << from + kBlock;
+        printf("threads %d to %d: first lock %.1f us\n", from, from + kBlock, sum / kCounted * 1e6);
+    }
     EXPECT_TRUE(use_mirror({.wanted = Wanted::off}, &error)) << error.text;
 }
 

@@ -8,8 +8,8 @@
  *
  *   bpf    kept by the kernel, for every task of the machine: if `schedmirror load` has pinned it and this
  *          user may open it
- *   rseq   inferred. A table private to the process serves its threads; one in memory that the caller shares
- *          (MirrorChoice::rseq_table) serves threads of all processes that name it
+ *   rseq   inferred. A table private to the process serves up to 65534 of its threads at a time; one in memory
+ *          that the caller shares (MirrorChoice::rseq_table) serves threads of all processes that name it
  *   off    nothing is known of owners: spins are short, and the locks are as right as ever
  *
  * Processes that share a lock should use the same mirror: a slot number of another one is a wrong hint, which
@@ -18,8 +18,12 @@
  * A mirror that is taken away (`schedmirror unload`) leaves its threads where `off` would: after another
  * use_mirror() the thread that called it, and those that enter later, use the new one.
  *
+ * A thread that gets no slot does not look for one again: those who wait for it spin only briefly.
+ *
  * fork: the child's thread enters anew at its next lock. (pthread_atfork: a child made by clone() or _Fork()
- * must not use these locks before it has called forget_parent().)
+ * must not use these locks before it has called forget_parent().) Nothing is held over a fork: the handlers of
+ * others may lock. If the C library has no key for threads' ends left when this library is loaded, or no memory
+ * for the handler, threads get no slots; mirror_in_use().refused says so.
  * Thread safety: everything here, from any thread. Errors: one line in Error. Nothing throws or allocates; a
  * private rseq table is mapped. The first use in a process takes 2 ms to measure the clock.
  */
@@ -108,6 +112,7 @@ class ThisTask {
     uint64_t identities_[2] = {0, 0};  // by Sharing; 0: not entered
     const Mirror* mirrors_[2] = {nullptr, nullptr};
     MirrorTask registration_;
+    uint32_t process_ = 0;   // entered in this one, see this_task.cpp
     bool has_left_ = false;  // the thread is ending
 };
 

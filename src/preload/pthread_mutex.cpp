@@ -5,7 +5,6 @@
 #include <dlfcn.h>
 #include <gnu/libc-version.h>
 #include <pthread.h>
-#include <sys/mman.h>
 #include <sys/single_threaded.h>
 #include <unistd.h>
 
@@ -19,6 +18,7 @@
 #include <cstring>
 
 #include "lock/this_task.h"
+#include "lock/wiped_on_fork.h"
 #include "preload/adaptive_pthread.h"
 #include "preload/pthread_protocol.h"
 
@@ -33,11 +33,6 @@ constexpr Sharing kPrivate = Sharing::process_private;
 
 // ---- what the kernel wipes in a forked child ----
 
-#ifdef __aarch64__
-constexpr size_t kPage = 65536;
-#else
-constexpr size_t kPage = 4096;
-#endif
 constexpr size_t kSeats = 256;
 
 enum class Mode : uint32_t { undecided, deciding, handing_over, active };
@@ -47,8 +42,7 @@ struct alignas(64) Seat {
     uint64_t word;
 };
 
-// Pages of their own: nobody else's data is wiped.
-struct alignas(kPage) Wiped {
+struct alignas(kLargestPage) Wiped {
     Seat seats[kSeats];
     std::atomic<Mode> mode;
     std::atomic<Choice> mirror;
@@ -212,7 +206,7 @@ bool may_be_active() noexcept {
               nobody_behind_us() && words_are_known();
         known = true;
     }
-    if (may && madvise(&wiped, sizeof(wiped), MADV_WIPEONFORK) != 0)
+    if (may && !wipe_on_fork(&wiped, sizeof(wiped)))
         return refuse("madvise(MADV_WIPEONFORK): %s", strerror(errno));
     return may;
 }
