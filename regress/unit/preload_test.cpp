@@ -823,6 +823,24 @@ int fork_as(const std::string& who) {
     return forked == 0 ? 0 : 1;
 }
 
+// In a process of its own, which takes all keys of the C library before its first thread. 0: the first is as it was.
+int take_all_keys() {
+    pthread_key_t first, key;
+    if (pthread_key_create(&first, nullptr) != 0) return 1;
+    while (pthread_key_create(&key, nullptr) == 0) continue;
+    pthread_setspecific(first, &first);
+    std::thread([] { lock_over_fork(), unlock_over_fork(); }).join();
+    lock_over_fork();
+    unlock_over_fork();
+    return pthread_getspecific(first) == &first ? 0 : 2;
+}
+
+TEST_F(Preload, AllKeysMayBeTaken) {
+    const test::Outcome outcome =
+        test::shell("PRELOAD_TEST_DO=keys exec /proc/" + std::to_string(getpid()) + "/exe");
+    EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
+}
+
 TEST_F(Preload, ForkWaitsForNobody) {
     std::vector<std::string> allocators = {""};
     // It has its locks, and holds them over fork() as well. If it is not installed the loader says so.
@@ -832,9 +850,9 @@ TEST_F(Preload, ForkWaitsForNobody) {
     const char* preload = getenv("LD_PRELOAD");
     for (const std::string& allocator : allocators)
         for (const std::string who : {"new", "old", "thread"}) {
-            const test::Outcome outcome = test::shell(
-                "PRELOAD_TEST_FORK=" + who + " LD_PRELOAD=" + allocator +
-                (preload != nullptr ? preload : "") + " exec /proc/" + std::to_string(getpid()) + "/exe");
+            const test::Outcome outcome = test::shell("PRELOAD_TEST_DO=" + who + " LD_PRELOAD=" + allocator +
+                                                      (preload != nullptr ? preload : "") + " exec /proc/" +
+                                                      std::to_string(getpid()) + "/exe");
             EXPECT_EQ(outcome.exit_code, 0) << allocator << who << ": " << outcome.output;
         }
 }
@@ -869,7 +887,8 @@ int run_all(const std::vector<std::string>& arguments) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (const char* who = getenv("PRELOAD_TEST_FORK"); who != nullptr) return fork_as(who);
+    if (const char* what = getenv("PRELOAD_TEST_DO"); what != nullptr)
+        return strcmp(what, "keys") == 0 ? take_all_keys() : fork_as(what);
     const std::vector<std::string> arguments(argv, argv + argc);
     testing::InitGoogleTest(&argc, argv);
     if (*how() == 0 && !testing::GTEST_FLAG(list_tests)) return run_all(arguments) == 0 ? 0 : 1;
