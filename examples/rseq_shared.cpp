@@ -14,9 +14,11 @@
 #include <unistd.h>
 
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <ctime>
 
-#include "sched_state/sched_state.h"
+#include "rseq_registration.h"
 
 using namespace adaptive;
 
@@ -38,7 +40,7 @@ void move_to(pid_t pid, int cpu) {
 }  // namespace
 
 int main() {
-    RseqRegistration own = RseqRegistration::of_this_thread();
+    const RseqRegistration own = RseqRegistration::of_this_thread();
     if (own.area == nullptr) {
         puts("no rseq area in this process: glibc 2.35 or later is needed");
         return 77;
@@ -49,9 +51,9 @@ int main() {
 
     const pid_t child = fork();
     if (child == 0) {
-        if (own.call(own.area, own.bytes, false) != 0 || own.call(shared, own.bytes, true) != 0) {
-            perror("rseq");
-            _exit(1);
+        if (const int problem = own.move_to(shared); problem != 0) {
+            printf("rseq: %s\n", strerror(problem));
+            exit(1);
         }
         for (;;) asm volatile("");  // from here on it says nothing: the kernel does
     }
@@ -73,7 +75,5 @@ int main() {
     }
     kill(child, SIGKILL);
     waitpid(child, nullptr, 0);
-    printf("%s sched_state in this kernel's struct rseq (%u bytes of it kept)\n",
-           own.offers_sched_state() ? "there may be a" : "no", own.feature_size);
     return wrong == 0 ? 0 : 1;
 }

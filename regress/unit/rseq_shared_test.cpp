@@ -4,11 +4,14 @@
 
 #include <memory>
 #include <random>
+#include <utility>
 
 #include "private_mirror.h"
 #include "processes.h"
 #include "rseq/percpu.h"
 #include "sched_state/sched_state.h"
+
+#include "../../examples/rseq_registration.h"
 
 using namespace adaptive;
 using test::Child;
@@ -29,9 +32,7 @@ struct alignas(64) SharedArea {
 
 // In a child: from glibc's area to the shared one.
 bool change_over(SharedArea& shared) {
-    const RseqRegistration own = RseqRegistration::of_this_thread();
-    shared.problem = own.call(own.area, own.bytes, false);
-    if (shared.problem == 0) shared.problem = own.call(&shared.area, own.bytes, true);
+    shared.problem = RseqRegistration::of_this_thread().move_to(&shared.area);
     return shared.problem == 0;
 }
 
@@ -116,9 +117,10 @@ TEST_F(RseqShared, TheOthersGoOn) {
         shared->wrong += sched_getcpu() != 0;
         shared->wrong += lanes.restartable();
         lanes.add(0, 1);
-        shared->wrong += own.call(&shared->area, own.bytes, false) != 0;
+        RseqRegistration there = own;
+        there.area = &shared->area;
+        shared->wrong += there.move_to(own.area) != 0;
         shared->wrong += shared->area.cpu_id != kNoCpu;
-        shared->wrong += own.call(own.area, own.bytes, true) != 0;
         shared->wrong += !lanes.restartable() || current_cpu() != 0;
         lanes.add(0, 1);
         shared->wrong += lanes.sum(0) != 2;
@@ -133,6 +135,56 @@ TEST_F(RseqShared, Example) {
     const test::Outcome outcome = test::shell(test::example_path("rseq_shared"));
     EXPECT_EQ(outcome.exit_code, 0) << outcome.output;
     EXPECT_NE(outcome.output.find("seen after"), std::string::npos) << outcome.output;
+}
+
+// A kernel that keeps the state of a thread beside its area, and takes an area back only as it was registered.
+struct FakeKernel {
+    static constexpr uint32_t kBytes = 64;
+    struct alignas(64) Area {
+        volatile RseqArea area = {};
+        rseq_sched_state state = {};
+    };
+    static inline volatile RseqArea* registered = nullptr;
+    static inline uint32_t registered_bytes = 0;
+    static inline bool refuses = false;
+
+    static int call(volatile RseqArea* area, uint32_t bytes, bool on) {
+        if (on ? registered != nullptr : registered != area || registered_bytes != bytes) return EINVAL;
+        if (on && std::exchange(refuses, false)) return EPERM;
+        registered = on ? area : nullptr;
+        registered_bytes = bytes;
+        auto* state = &const_cast<Area*>(reinterpret_cast<volatile Area*>(area))->state;
+        *state = {0, on ? kSchedOnCpu : 0, on ? static_cast<uint32_t>(gettid()) : 0};
+        return 0;
+    }
+};
+
+TEST(FakeKernelTest, StateBesideASharedAreaIsReadByOthers) {
+    Shared<FakeKernel::Area> shared;
+    Child child([&] {
+        FakeKernel::Area own;
+        if (FakeKernel::call(&own.area, FakeKernel::kBytes, true) != 0) _exit(1);
+        const RseqRegistration mine = {&own.area, FakeKernel::kBytes, FakeKernel::call};
+        if (mine.move_to(&shared->area) != 0) _exit(2);
+        _exit(own.state.tid == 0 && FakeKernel::registered == &shared->area ? 0 : 3);
+    });
+    const auto tid = static_cast<uint32_t>(child.pid);
+    EXPECT_EQ(child.wait(), 0);
+    EXPECT_EQ(shared->state.state, kSchedOnCpu);
+    EXPECT_EQ(shared->state.tid, tid);
+}
+
+TEST(FakeKernelTest, NothingIsRegisteredWithFewerBytesThanBefore) {
+    FakeKernel::Area own, other;
+    ASSERT_EQ(FakeKernel::call(&own.area, FakeKernel::kBytes, true), 0);
+    EXPECT_EQ((RseqRegistration{&own.area, 32, FakeKernel::call}.move_to(&other.area)), EINVAL);
+    EXPECT_EQ(FakeKernel::registered, &own.area);
+    FakeKernel::refuses = true;
+    EXPECT_EQ((RseqRegistration{&own.area, FakeKernel::kBytes, FakeKernel::call}.move_to(&other.area)),
+              EPERM);
+    EXPECT_EQ(FakeKernel::registered, &own.area) << "put back";
+    EXPECT_EQ(FakeKernel::registered_bytes, FakeKernel::kBytes);
+    FakeKernel::registered = nullptr;
 }
 
 // Why this alone is no mirror: the area of a process that was killed goes on telling its last CPU.

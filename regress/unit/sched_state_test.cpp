@@ -14,6 +14,7 @@
 
 #include "private_mirror.h"
 #include "processes.h"
+#include "rseq/rseq_area.h"
 #include "source/bpf_source.h"
 
 using namespace adaptive;
@@ -28,24 +29,6 @@ static_assert(std::is_trivially_destructible_v<SchedStates> &&
               std::is_trivially_destructible_v<SchedStateTask>);
 
 namespace {
-
-// A kernel with the field, as far as a registration goes: it fills in what the pointer names.
-thread_local RseqArea fake_area;
-
-int fake_call(volatile RseqArea* area, uint32_t, bool on) {
-    area->cpu_id = on ? 0 : kNoCpu;
-    auto* state = reinterpret_cast<rseq_sched_state*>(area->sched_state_ptr);
-    if (on && state != nullptr) {
-        __atomic_store_n(&state->version, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&state->tid, static_cast<uint32_t>(gettid()), __ATOMIC_RELAXED);
-        __atomic_store_n(&state->state, kSchedOnCpu, __ATOMIC_RELAXED);
-    }
-    return 0;
-}
-
-RseqRegistration fake_kernel(uint32_t feature_size = 40) {
-    return {&fake_area, 64, feature_size, fake_call};
-}
 
 struct Said {
     std::atomic<uint64_t> handle{0};
@@ -78,10 +61,10 @@ class SchedStateTest : public test::PrivateMirror {
         if (rseq_area() == nullptr) GTEST_SKIP() << "no rseq area";
         size = SchedStates::bytes(slots, kCpus);
         memory = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-        SchedStates::format(memory, slots, kCpus, source);
+        SchedStates::format(memory, slots, kCpus);
         ASSERT_TRUE(states.open(memory, &error)) << error.text;
     }
-    bool attach(SchedStateTask& task, Error& error) { return task.attach(states, &error, fake_kernel()); }
+    bool attach(SchedStateTask& task, Error& error) { return task.attach(states, &error); }
 
     // In a child or thread: attaches and tells its handle.
     bool join(SchedStateTask& task, Said& said) {
@@ -113,64 +96,6 @@ class SchedStateTest : public test::PrivateMirror {
     size_t size = 0;
     bool states_are_the_mirror = false;
 };
-
-// ---- the field itself ----
-
-TEST(KernelField, IsProbedByFeatureSize) {
-    EXPECT_FALSE(fake_kernel(0).offers_sched_state());
-    EXPECT_FALSE(fake_kernel(28).offers_sched_state()) << "Linux 6.3 to 6.18";
-    EXPECT_FALSE(fake_kernel(39).offers_sched_state());
-    EXPECT_TRUE(fake_kernel(40).offers_sched_state());
-    RseqRegistration too_small = fake_kernel(40);
-    too_small.bytes = 32;
-    EXPECT_FALSE(too_small.offers_sched_state()) << "glibc left no room";
-    too_small.area = nullptr;
-    EXPECT_FALSE(too_small.offers_sched_state());
-}
-
-class KernelTest : public SchedStateTest {
-  protected:
-    void SetUp() override { make(SchedSource::kernel, 2); }
-};
-
-TEST_F(KernelTest, ReadsWhatTheKernelWrites) {
-    SchedStateTask task;
-    Error error;
-    EXPECT_FALSE(task.attach(states, &error, fake_kernel(28)));
-    EXPECT_NE(strstr(error.text, "offers no sched_state"), nullptr) << error.text;
-    ASSERT_TRUE(attach(task, error)) << error.text;
-    auto* written = reinterpret_cast<volatile rseq_sched_state*>(fake_area.sched_state_ptr);
-    ASSERT_NE(written, nullptr);
-    EXPECT_EQ(states.read(task.handle()).state, kSchedOnCpu);
-    EXPECT_EQ(states.read(task.handle()).tid, static_cast<uint32_t>(gettid()));
-    EXPECT_EQ(states.look(task.handle()), SchedState::on_cpu);
-    written->state = 0;
-    EXPECT_EQ(states.read(task.handle()).state, 0u);
-    EXPECT_EQ(states.look(task.handle()), SchedState::preempted);
-    EXPECT_EQ(states.read(task.handle()).tid, static_cast<uint32_t>(gettid()));
-    written->state = kSchedOnCpu | 0x100;
-    EXPECT_EQ(states.look(task.handle()), SchedState::on_cpu) << "a later kernel may have more bits";
-    const SchedHandle handle = task.handle();
-    task.detach();
-    EXPECT_EQ(fake_area.sched_state_ptr, 0u) << "the kernel writes there no more";
-    EXPECT_TRUE(dead(handle));
-}
-
-// A later kernel may have given the same bytes another meaning.
-TEST_F(KernelTest, KernelThatDoesNotKeepTheFieldIsFoundOut) {
-    RseqRegistration liar = fake_kernel();
-    liar.call = [](volatile RseqArea*, uint32_t, bool) { return 0; };
-    SchedStateTask task;
-    Error error;
-    EXPECT_FALSE(task.attach(states, &error, liar));
-    EXPECT_NE(strstr(error.text, "does not keep it"), nullptr) << error.text;
-    EXPECT_EQ(fake_area.sched_state_ptr, 0u);
-    EXPECT_EQ(task.handle().slot, 0u);
-    liar.call = [](volatile RseqArea*, uint32_t, bool) { return EINVAL; };
-    EXPECT_FALSE(task.attach(states, &error, liar));
-    EXPECT_TRUE(attach(task, error)) << "the only slot came back: " << error.text;
-    task.detach();
-}
 
 // ---- from every source ----
 
@@ -409,13 +334,8 @@ TEST_P(EverySource, ReusedThreadIdIsAnotherThread) {
     EXPECT_TRUE(dead(second->told()));
 }
 
-INSTANTIATE_TEST_SUITE_P(Sources, EverySource,
-                         ::testing::Values(SchedSource::rseq, SchedSource::bpf, SchedSource::kernel),
-                         [](const auto& info) {
-                             return info.param == SchedSource::bpf    ? "bpf"
-                                    : info.param == SchedSource::rseq ? "rseq"
-                                                                      : "kernel";
-                         });
+INSTANTIATE_TEST_SUITE_P(Sources, EverySource, ::testing::Values(SchedSource::rseq, SchedSource::bpf),
+                         [](const auto& info) { return info.param == SchedSource::bpf ? "bpf" : "rseq"; });
 
 class BpfTest : public SchedStateTest {
   protected:

@@ -28,10 +28,9 @@ struct RseqArea {
     uint32_t node_id;  // from here on since Linux 6.3
     uint32_t mm_cid;
     uint32_t padding1;
-    uint64_t sched_state_ptr;  // proposed, in no kernel yet
 };
 static_assert(offsetof(RseqArea, cpu_id) == 4 && offsetof(RseqArea, rseq_cs) == 8);
-static_assert(offsetof(RseqArea, mm_cid) == 24 && offsetof(RseqArea, sched_state_ptr) == 32);
+static_assert(offsetof(RseqArea, mm_cid) == 24);
 
 // Null: glibc has no rseq or was told not to register it (tunable glibc.pthread.rseq=0), the kernel refused
 // it, or somebody unregistered this thread's.

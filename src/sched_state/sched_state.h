@@ -13,10 +13,9 @@
 //
 // Sources, of which all users of one table have the same:
 //   bpf     the kernel's switches, written by the program that `schedmirror load` left (mirror/mirror.h)
-//   kernel  the field itself, where the running kernel has it: none so far. Then the kernel writes the slots.
 //   rseq    inferred from where threads were last seen running (source/rseq_source.h)
-// With kernel and rseq the table lies in memory that the caller shares, and a thread's death is seen by a
-// robust mutex that it holds: the kernel marks it when the thread is gone, before anybody can get its id.
+// With rseq the table lies in memory that the caller shares, and a thread's death is seen by a robust mutex that
+// it holds: the kernel marks it when the thread is gone, before anybody can get its id.
 //
 // Every answer is a hint, stale when it arrives. Nobody's life may depend on one; no content of the table can
 // crash a reader.
@@ -36,7 +35,6 @@
 #include <cstdint>
 
 #include "mirror/mirror.h"
-#include "rseq/rseq_area.h"
 
 namespace adaptive {
 
@@ -53,7 +51,7 @@ inline constexpr uint32_t kSchedBlocked = 1U << 17;
 inline constexpr uint32_t kSchedDead = 1U << 18;
 inline constexpr uint32_t kSchedUnknown = 1U << 19;
 
-enum class SchedSource : uint8_t { off, rseq, bpf, kernel };
+enum class SchedSource : uint8_t { off, rseq, bpf };
 
 // Who is meant. May lie in shared memory, and be kept for as long as one likes. All zero: nobody.
 struct SchedHandle {
@@ -61,22 +59,10 @@ struct SchedHandle {
     uint32_t generation;
 };
 
-// A thread's rseq area and how it is registered, for the source `kernel`. Tests put an area of their own here.
-struct RseqRegistration {
-    volatile RseqArea* area;
-    uint32_t bytes;                                                 // as it is registered
-    uint32_t feature_size;                                          // how much of it the kernel keeps
-    int (*call)(volatile RseqArea* area, uint32_t bytes, bool on);  // registers or unregisters; 0 or errno
-
-    static RseqRegistration of_this_thread() noexcept;
-    bool offers_sched_state() const noexcept;
-};
-
-// A slot of a table of the sources `kernel` and `rseq`.
+// A slot of a table of the source `rseq`.
 struct alignas(64) SchedStateSlot {
     pthread_mutex_t life;  // held by the thread that has the slot
     uint32_t generation;
-    rseq_sched_state state;  // source kernel: written by the kernel
 };
 static_assert(sizeof(SchedStateSlot) == 64);
 
@@ -85,10 +71,10 @@ class SchedStates {
     // bpf: maps what `schedmirror load` pinned under dir.
     bool open_bpf(const char* dir, Error* error) noexcept;
 
-    // kernel and rseq: memory, 64-byte aligned, for `slots` slot numbers (0 included) and `cpus` CPUs (the
-    // highest CPU number + 1). format: once, by its creator, who chooses the source.
+    // rseq: memory, 64-byte aligned, for `slots` slot numbers (0 included) and `cpus` CPUs (the highest CPU
+    // number + 1). format: once, by its creator.
     static size_t bytes(uint32_t slots, uint32_t cpus) noexcept;
-    static void format(void* mem, uint32_t slots, uint32_t cpus, SchedSource source) noexcept;
+    static void format(void* mem, uint32_t slots, uint32_t cpus) noexcept;
     bool open(void* mem, Error* error) noexcept;
 
     void close() noexcept;
@@ -96,7 +82,7 @@ class SchedStates {
     SchedSource source() const noexcept { return source_; }
     uint32_t capacity() const noexcept { return mirror_.capacity(); }
 
-    // For the spinner: kernel cannot tell preempted from blocked, and says preempted.
+    // For the spinner.
     SchedState look(SchedHandle handle) const noexcept { return observe(handle).state; }
     // The same in the proposal's terms.
     rseq_sched_state read(SchedHandle handle) const noexcept;
@@ -111,15 +97,14 @@ class SchedStates {
     Observed observe(SchedHandle handle) const noexcept;
 
     SchedSource source_ = SchedSource::off;
-    SchedStateSlot* slots_ = nullptr;  // kernel, rseq
-    Mirror mirror_;                    // bpf, rseq; kernel: not looked at
+    SchedStateSlot* slots_ = nullptr;  // rseq
+    Mirror mirror_;
 };
 
 class SchedStateTask {
   public:
-    // Attached already: true. registration: for the source kernel.
-    bool attach(SchedStates& states, Error* error,
-                const RseqRegistration& registration = RseqRegistration::of_this_thread()) noexcept;
+    // Attached already: true.
+    bool attach(SchedStates& states, Error* error) noexcept;
     void detach() noexcept;
     void reset_after_fork() noexcept { *this = SchedStateTask(); }
 
@@ -129,13 +114,9 @@ class SchedStateTask {
     bool note_running() noexcept { return task_.note_running(); }
 
   private:
-    bool register_with_kernel(Error* error) noexcept;
-    bool set_pointer(const rseq_sched_state* state) noexcept;
-
     SchedHandle handle_ = {0, 0};
-    SchedStateSlot* slot_ = nullptr;  // kernel, rseq
-    MirrorTask task_;                 // bpf, rseq
-    RseqRegistration registration_ = {};
+    SchedStateSlot* slot_ = nullptr;  // rseq
+    MirrorTask task_;
 };
 
 // ---- hot path ----
@@ -144,15 +125,9 @@ class SchedStateTask {
 // moves the generation on before it becomes visible in the claim.
 inline SchedStates::Observed SchedStates::observe(SchedHandle handle) const noexcept {
     if (handle.slot == 0 || handle.slot > capacity()) return {SchedState::unknown, 0};
-    SchedState state;
+    SchedState state = mirror_.look(static_cast<SlotId>(handle.slot));
     uint32_t tid;
     uint32_t generation;
-    if (source_ == SchedSource::kernel) {
-        const uint32_t word = __atomic_load_n(&slots_[handle.slot].state.state, __ATOMIC_RELAXED);
-        state = (word & kSchedOnCpu) != 0 ? SchedState::on_cpu : SchedState::preempted;
-    } else {
-        state = mirror_.look(static_cast<SlotId>(handle.slot));
-    }
 #ifndef __SANITIZE_THREAD__  // it knows no fences
     __atomic_thread_fence(__ATOMIC_ACQUIRE);
 #endif
@@ -182,7 +157,7 @@ inline rseq_sched_state SchedStates::read(SchedHandle handle) const noexcept {
             state = kSchedOnCpu;
             break;
         case SchedState::preempted:
-            state = source_ == SchedSource::kernel ? 0 : kSchedPreempted;
+            state = kSchedPreempted;
             break;
         case SchedState::blocked:
             state = kSchedBlocked;
