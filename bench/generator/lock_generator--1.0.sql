@@ -36,6 +36,11 @@ RETURNS record LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 CREATE FUNCTION lock_generator_error()
 RETURNS void LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
 
+-- Starts a background worker that takes the lock of lock_generator_run() once, and whose SIGTERM handler is the default:
+-- it exits at once, also while it waits. Returns its process id.
+CREATE FUNCTION lock_generator_start_waiter()
+RETURNS int LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHNAME';
+
 -- Takes and checks the locks of the torture for so long, together with every other session that does
 -- (torture.h).
 CREATE FUNCTION lock_generator_torture(milliseconds int, seed bigint)
@@ -62,5 +67,5 @@ RETURNS SETOF record LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHN
 REVOKE ALL ON FUNCTION lock_generator_run(int, int, float8, int, int, int, int, int), lock_generator_longest_wait(),
     lock_generator_calibrate(),
     lock_generator_line_cost(), lock_generator_stress(bigint, int), lock_generator_stress_totals(),
-    lock_generator_error(), lock_generator_torture(int, bigint), lock_generator_torture_stops(int, bigint),
+    lock_generator_error(), lock_generator_start_waiter(), lock_generator_torture(int, bigint), lock_generator_torture_stops(int, bigint),
     lock_generator_torture_totals(), lock_generator_torture_locks() FROM PUBLIC;

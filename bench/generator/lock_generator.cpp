@@ -21,6 +21,7 @@ extern "C" {
 #include "fmgr.h"
 #include "funcapi.h"
 #include "miscadmin.h"
+#include "postmaster/bgworker.h"
 #include "storage/ipc.h"
 #include "storage/lwlock.h"
 #include "storage/shmem.h"
@@ -35,8 +36,10 @@ PG_FUNCTION_INFO_V1(lock_generator_line_cost);
 PG_FUNCTION_INFO_V1(lock_generator_stress);
 PG_FUNCTION_INFO_V1(lock_generator_stress_totals);
 PG_FUNCTION_INFO_V1(lock_generator_error);
+PG_FUNCTION_INFO_V1(lock_generator_start_waiter);
 
 PGDLLEXPORT void _PG_init(void);
+PGDLLEXPORT void lock_generator_waiter(Datum database);
 }
 
 #include <atomic>
@@ -216,7 +219,7 @@ Datum lock_generator_run(PG_FUNCTION_ARGS) {
     const double min_ms = PG_GETARG_FLOAT8(2);
     const int32 shared_pct = checked_arg(fcinfo, 3, "shared_pct", 100);
     const int32 sleep_every = checked_arg(fcinfo, 4, "sleep_every", INT_MAX);
-    const int32 sleep_for = checked_arg(fcinfo, 5, "sleep_us", 1'000'000);
+    const int32 sleep_for = checked_arg(fcinfo, 5, "sleep_us", 60'000'000);
     const int32 compute_every = checked_arg(fcinfo, 6, "compute_every", INT_MAX);
     const int32 compute_us = checked_arg(fcinfo, 7, "compute_us", 1'000'000);
     if (!(min_ms > 0 && min_ms <= 60'000))
@@ -324,4 +327,32 @@ Datum lock_generator_error(PG_FUNCTION_ARGS) {
     LWLockAcquire(stress_lock, LW_SHARED);
     ereport(ERROR, (errmsg("lock_generator: raised while holding the lock")));
     PG_RETURN_VOID();
+}
+
+void lock_generator_waiter(Datum database) {
+    BackgroundWorkerUnblockSignals();
+    BackgroundWorkerInitializeConnectionByOid(DatumGetObjectId(database), InvalidOid, 0);
+    LWLockAcquire(run_lock, LW_EXCLUSIVE);
+    LWLockRelease(run_lock);
+}
+
+Datum lock_generator_start_waiter(PG_FUNCTION_ARGS) {
+    (void)fcinfo;
+    require_preload();
+    BackgroundWorker worker = {};
+    strlcpy(worker.bgw_name, "lock_generator waiter", sizeof(worker.bgw_name));
+    strlcpy(worker.bgw_type, worker.bgw_name, sizeof(worker.bgw_type));
+    worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+    worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
+    worker.bgw_restart_time = BGW_NEVER_RESTART;
+    strlcpy(worker.bgw_library_name, kTranche, sizeof(worker.bgw_library_name));
+    strlcpy(worker.bgw_function_name, "lock_generator_waiter", sizeof(worker.bgw_function_name));
+    worker.bgw_main_arg = ObjectIdGetDatum(MyDatabaseId);
+    worker.bgw_notify_pid = MyProcPid;
+    BackgroundWorkerHandle* handle;
+    pid_t pid;
+    if (!RegisterDynamicBackgroundWorker(&worker, &handle) ||
+        WaitForBackgroundWorkerStartup(handle, &pid) != BGWH_STARTED)
+        ereport(ERROR, (errmsg("lock_generator: the background worker does not start")));
+    PG_RETURN_INT32(pid);
 }

@@ -48,5 +48,25 @@ for my $how ('cancel', 'terminate')
 	is($holder->{out}, "$holder->{pid}\n3\n", "$how: the holder is not disturbed");
 	run_load($node, "$how: the lock works", clients => 4, transactions => 5, sql => 'SELECT lock_generator_run(200, 200)');
 }
+
+# A background worker whose SIGTERM handler exits at once leaves in the middle of its wait. Its place in shared memory is the
+# next process's, which waits for the same lock.
+for my $mode ('owner', 'blind', 'park')
+{
+	$node->append_conf('postgresql.conf', "adaptive_lwlock.mode = $mode");
+	$node->reload;
+	my $holder = start_session($node, 'SELECT lock_generator_run(1000000, 0, 1, 0, 1, 5000000)');
+	my $worker = $node->safe_psql('postgres', 'SELECT lock_generator_start_waiter()');
+	my $waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'lock_generator'";
+	wait_until($node, "$waits AND pid = $worker", 1, "$mode: a background worker waits");
+	kill 'TERM', $worker;
+	wait_until($node, "SELECT count(*) FROM pg_stat_activity WHERE pid = $worker", 0, "$mode: it leaves");
+	my @next = map { start_session($node, 'SELECT lock_generator_run(1000, 0, 0.001)') } 1 .. 3;
+	wait_until($node, $waits, 3, "$mode: others wait in its place");
+	$_->{run}->finish for $holder, @next;
+	is(join('', map { $_->{out} =~ /\n(.*)/ } $holder, @next), '1111', "$mode: each gets the lock");
+	run_load($node, "$mode: the lock works", clients => 4, transactions => 5, sql => 'SELECT lock_generator_run(200, 200)');
+}
+unlike(slurp_file($node->logfile), qr/PANIC|server process .* was terminated/, 'and nothing crashes');
 $node->stop;
 done_testing();
