@@ -86,5 +86,55 @@ TEST(SpinOnOwnerTest, EndsWithTheBudgetWhileOwnersChange) {
     EXPECT_EQ(spin(never, changes, asleep, kBudget), SpinEnd::budget_spent);
 }
 
+// A clock that a test moves. `step`: what a look takes.
+struct TestClock {
+    static inline uint64_t ticks, step, looks;
+    static inline uint64_t jump_at_look, jump_back;
+    static uint64_t now() {
+        if (++looks == jump_at_look) ticks -= jump_back;
+        return ticks += step;
+    }
+    static void pause() {}
+
+    static void start(uint64_t a_step) {
+        ticks = 1'000'000'000'000;
+        step = a_step;
+        looks = jump_at_look = 0;
+    }
+};
+
+// What a test gives up at.
+struct Endless {};
+
+SpinEnd spin_by_test_clock(SpinPace pace) {
+    uint64_t looks = 0;
+    const auto runs = [&](SlotId) {
+        if (++looks > 100'000'000) throw Endless();
+        return SchedState::on_cpu;
+    };
+    return spin_on_owner<TestClock>(taken, owner, runs, kBudget, pace);
+}
+
+TEST(SpinOnOwnerTest, AClockThatJumpsBackProlongsNothing) {
+    for (const SpinPace pace : {SpinPace::quick(), SpinPace{.ticks = 10'000}})
+        for (const uint64_t jump_at : {2, 3, 50, 1000}) {
+            TestClock::start(100);
+            TestClock::jump_at_look = jump_at;
+            TestClock::jump_back = 500'000'000'000;
+            EXPECT_EQ(spin_by_test_clock(pace), SpinEnd::budget_spent)
+                << pace.ticks << ", at look " << jump_at;
+            EXPECT_LE(TestClock::looks, kBudget.watched / 100 + 10) << pace.ticks << ", at look " << jump_at;
+        }
+}
+
+TEST(SpinOnOwnerTest, AClockThatStandsStillEndsASpinAsWell) {
+    for (const SpinPace pace : {SpinPace::quick(), SpinPace{.ticks = 10'000}}) {
+        TestClock::start(0);
+        EXPECT_EQ(spin_by_test_clock(pace), SpinEnd::budget_spent);
+        EXPECT_LE(TestClock::looks, kBudget.looks() + 1);
+    }
+    EXPECT_GE(kBudget.looks(), kBudget.watched / CycleClock::ticks_per_microsecond() * 100);
+}
+
 }  // namespace
 }  // namespace adaptive

@@ -4,7 +4,8 @@
  *
  * The same rule as the Linux kernel's mutex_spin_on_owner() and rwsem_spin_on_owner(), for user space, with
  * the mirror in the place of task_struct::on_cpu. The mirror is a hint: whatever it says, the spin ends
- * within the budget, so a wrong hint costs time and never correctness.
+ * within the budget, so a wrong hint costs time and never correctness. Nor does a clock that jumps or stands
+ * still: a jump back ends what it prolongs, and the number of looks is bounded as well.
  *
  * Thread and process safety: the loop keeps no state outside its arguments.
  */
@@ -27,6 +28,12 @@ inline bool is_off_cpu(SchedState state) {
 struct SpinBudget {
     uint64_t watched;    ///< while the mirror says that the owner is on a CPU
     uint64_t unwatched;  ///< while nothing is known of the owner (no mirror, or an owner without a slot)
+
+    /// As many looks as no processor makes in the longer of the two: one takes more than 10 ns.
+    uint64_t looks() const {
+        const uint64_t longest = watched > unwatched ? watched : unwatched;
+        return longest / CycleClock::ticks_per_microsecond() * 100 + 100;
+    }
 };
 
 /**
@@ -39,21 +46,22 @@ struct SpinBudget {
  * pace: the least time between attempts while the owner runs. The caller has just failed to take the lock, so the
  * first one comes after that time, too.
  */
-template <class TryAcquire, class Owner, class StateOf>
+template <class Clock = CycleClock, class TryAcquire, class Owner, class StateOf>
 inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& state_of,
                              const SpinBudget& budget, SpinPace pace) {
-    const uint64_t start = CycleClock::now();
-    uint64_t now = start;
+    const uint64_t start = Clock::now();
+    uint64_t now = start, looks_left = budget.looks();
     auto watched = owner();
     SchedState state = state_of(watched);
 
     for (;;) {
         const bool was_off_cpu = is_off_cpu(state);
-        for (const uint64_t next_look = now + pace.ticks; now < next_look;) {
-            CycleClock::pause();
+        // Differences, not moments: a clock that jumps back seems far ahead.
+        for (const uint64_t last_attempt = now; now - last_attempt < pace.ticks;) {
+            Clock::pause();
             state = state_of(watched);
-            now = CycleClock::now();
-            if (is_off_cpu(state)) break;
+            now = Clock::now();
+            if (is_off_cpu(state) || --looks_left == 0) break;
         }
         if (try_acquire()) return SpinEnd::acquired;
 
@@ -67,7 +75,8 @@ inline SpinEnd spin_on_owner(TryAcquire&& try_acquire, Owner&& owner, StateOf&& 
             // practical purpose.
             return SpinEnd::owner_off_cpu;
         }
-        if (now - start >= (state == SchedState::unknown ? budget.unwatched : budget.watched))
+        if (looks_left == 0 ||
+            now - start >= (state == SchedState::unknown ? budget.unwatched : budget.watched))
             return SpinEnd::budget_spent;
     }
 }
