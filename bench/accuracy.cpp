@@ -11,6 +11,7 @@
 // Loads a mirror of its own in a directory of its own; needs root, and tracefs for the times of the switches.
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -93,8 +94,12 @@ struct Member {
 class Process {
   public:
     template <typename Body>
-    explicit Process(Body body) : pid_(fork()) {
+    explicit Process(Body body) {
+        const pid_t parent = getpid();
+        pid_ = fork();
         if (pid_ == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            if (getppid() != parent) _exit(1);
             body();
             _exit(0);
         }

@@ -7,6 +7,7 @@
 
 #include "lock/robust_mutex.h"
 
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -61,8 +62,11 @@ int main() {
     interprocess::managed_shared_memory segment(interprocess::create_only, name.c_str(), 65536);
     segment.construct<Account>("account")();
 
+    const pid_t parent = getpid();
     for (int i = 0; i < kProcesses; i++)
         if (fork() == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            if (getppid() != parent) _exit(1);
             // A mapping of its own, at another address.
             interprocess::managed_shared_memory mine(interprocess::open_only, name.c_str());
             Account& account = *mine.find<Account>("account").first;

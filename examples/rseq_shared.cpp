@@ -10,6 +10,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -49,8 +50,10 @@ int main() {
     auto* shared = static_cast<volatile RseqArea*>(page);
     shared->cpu_id = kNoCpu;
 
-    const pid_t child = fork();
+    const pid_t parent = getpid(), child = fork();
     if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        if (getppid() != parent) _exit(1);
         if (const int problem = own.move_to(shared); problem != 0) {
             printf("rseq: %s\n", strerror(problem));
             exit(1);

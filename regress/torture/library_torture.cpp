@@ -31,7 +31,6 @@
 #include <dlfcn.h>
 #include <linux/futex.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/sysinfo.h>
 
@@ -574,7 +573,6 @@ void be_tortured(Round& round, int index, Beliefs* beliefs) {
 }
 
 [[noreturn]] void be_a_process(Round& round, int first, int tasks) {
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
     signal(SIGINT, SIG_IGN);  // the parent ends us in order
     SingleStep::install(happen);
     Beliefs beliefs(round);

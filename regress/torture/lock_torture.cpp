@@ -11,7 +11,6 @@
  */
 
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <sys/sysinfo.h>
 
 #include <cstdio>
@@ -235,7 +234,6 @@ class ProcessLocks {
 using ProcessTorturer = LWLockTorturer<ProcessLocks>;
 
 [[noreturn]] void be_tortured(Round& round, int index) {
-    prctl(PR_SET_PDEATHSIG, SIGKILL);
     signal(SIGINT, SIG_IGN);  // the parent ends us in order
     ProcessHost::seat = &round.seats[index];
     Eyes own_eyes(round, index);

@@ -8,6 +8,7 @@
 
 #include <fcntl.h>
 #include <sched.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -76,8 +77,10 @@ class OwnMirror {
         const std::string both = command() + " unload; sleep 0.0" + std::to_string(random.below(10)) + "; " +
                                  command() + " load --group root --slots " +
                                  std::to_string(random.from_to(4, 200));
-        const pid_t pid = fork();
+        const pid_t parent = getpid(), pid = fork();
         if (pid == 0) {
+            prctl(PR_SET_PDEATHSIG, SIGKILL);
+            if (getppid() != parent) _exit(1);
             const int nowhere = open("/dev/null", O_RDWR);
             dup2(nowhere, 1);
             dup2(nowhere, 2);

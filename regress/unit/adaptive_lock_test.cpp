@@ -1,7 +1,6 @@
 // The waiting algorithm, transition by transition, and under stress with a mirror that lies.
 
 #include <gtest/gtest.h>
-#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -597,10 +596,11 @@ void stress(SchedState (*hint)(SlotId), int processes, int turns) {
     CycleClock::calibrate();
 
     pid_t pids[8];
+    const pid_t parent = getpid();
     for (int p = 0; p < processes; p++) {
         pids[p] = fork();
         if (pids[p] != 0) continue;
-        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        ::test::die_with(parent);
         alarm(60);  // ends this process by SIGALRM, which the parent sees
         std::minstd_rand random(static_cast<unsigned>(p + 1));
         sit_down(arena->seats[p], WaitPolicy::owner, hint, static_cast<SlotId>(p + 1));

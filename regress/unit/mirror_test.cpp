@@ -6,7 +6,6 @@
 #include <gtest/gtest.h>
 #include <linux/bpf.h>
 #include <pwd.h>
-#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
@@ -504,7 +503,6 @@ TEST_F(MirrorTest, PidNamespacesLeaveEachOtherTheirSlots) {
         const auto in_another = [&] {
             if (unshare(CLONE_NEWPID) != 0) _exit(1);
             Child first([&] {  // process 1: the others end with it
-                prctl(PR_SET_PDEATHSIG, SIGKILL);
                 Child second([&] { hold(*inside); });
                 second.wait();
             });

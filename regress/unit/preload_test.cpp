@@ -807,7 +807,8 @@ int fork_as(const std::string& who) {
         if (child == 0) {
             alarm(4);
             const pid_t grandchild = fork();
-            if (grandchild == 0) _exit((lock_over_fork(), unlock_over_fork(), free(malloc(100)), 0));
+            if (grandchild == 0)
+                _exit((alarm(3), lock_over_fork(), unlock_over_fork(), free(malloc(100)), 0));
             int status = -1;
             waitpid(grandchild, &status, 0);
             _exit(status == 0 ? 0 : 1);

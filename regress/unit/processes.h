@@ -1,8 +1,9 @@
-// Child processes for tests: forked, reporting through a shared page, killed at the end of the scope.
+// Child processes for tests: forked, reporting through a shared page, killed at the end of the scope, and with their parent.
 #pragma once
 
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -58,12 +59,21 @@ class Shared {
     T* object_;
 };
 
+// Called in a process just forked by `parent`: it is killed as soon as the thread that forked it has ended, however.
+inline void die_with(pid_t parent) {
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    // That may have happened before. A parent outside the pid namespace has the number 0.
+    if (getppid() != parent && getppid() != 0) _exit(1);
+}
+
 class Child {
   public:
     template <typename Body>
     explicit Child(Body body) {
+        const pid_t parent = getpid();
         pid = fork();
         if (pid == 0) {
+            die_with(parent);
             body();
             _exit(0);
         }

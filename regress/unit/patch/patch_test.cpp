@@ -30,6 +30,7 @@
 #include <thread>
 #include <vector>
 
+#include "../processes.h"
 #include "patch/machine.h"
 
 #if defined(__x86_64__)
@@ -149,8 +150,10 @@ class Child {
     explicit Child(const Body& body) {
         int fd[2];
         if (pipe(fd) != 0) abort();
+        const pid_t parent = getpid();
         pid_ = fork();
         if (pid_ == 0) {
+            test::die_with(parent);
             close(fd[0]);
             const std::string complaint = body();
             if (write(fd[1], complaint.data(), complaint.size()) < 0) _exit(3);
