@@ -219,12 +219,27 @@ sub as_root
 	return ($? >> 8, $output);
 }
 
+my %loaded;    # as --dir names it
+
 # mirror('load' / 'unload' / 'status', options of schedmirror …): dies when it fails.
 sub mirror
 {
 	my ($exit, $output) = as_root($ENV{SCHEDMIRROR} // 'schedmirror', @_);
 	die "schedmirror @_: $output" if $exit;
+	my ($directory) = "@_" =~ /(--dir \S+)/;
+	$loaded{ $directory // '' } = $_[0] eq 'load' if $_[0] ne 'status';
 	return $output;
+}
+
+# A mirror outlives the program that loaded it: the test takes its own with it.
+END
+{
+	my $status = $?;
+	for my $directory (grep { $loaded{$_} } keys %loaded)
+	{
+		as_root($ENV{SCHEDMIRROR} // 'schedmirror', 'unload', split / /, $directory);
+	}
+	$? = $status;
 }
 
 1;
