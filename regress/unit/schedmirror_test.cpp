@@ -65,6 +65,28 @@ TEST_F(SchedmirrorTest, OwnersAndModes) {
     }
 }
 
+TEST_F(SchedmirrorTest, SaysWhichModesItSetsAndTakesBackTheFileSystems) {
+    const std::string command = test::schedmirror_path(), mode = "stat -c %a /sys/fs/bpf | tail -c 4";
+    const std::string mount = "mount -t bpf -o mode=0700 bpf /sys/fs/bpf && ";
+    const Outcome both =
+        shell("unshare -m sh -c '" + mount + command + " load --group root && " + mode + " && " + command +
+              " load --group root && " + command + " unload && " + mode + " && ls /sys/fs/bpf'");
+    ASSERT_EQ(both.exit_code, 0) << both.output;
+    EXPECT_NE(both.output.find("made /sys/fs/bpf passable"), std::string::npos) << both.output;
+    EXPECT_NE(both.output.find("loaded at /sys/fs/bpf/schedmirror (mode 0750, its maps 0660)"),
+              std::string::npos)
+        << both.output;
+    EXPECT_NE(both.output.find("\n711\n"), std::string::npos) << both.output;
+    EXPECT_NE(both.output.find("has its former mode again"), std::string::npos) << both.output;
+    EXPECT_NE(both.output.find("\n700\n"), std::string::npos) << both.output;
+    EXPECT_EQ(both.output.find("schedmirror\n", both.output.find("\n700\n")), std::string::npos)
+        << both.output;
+    // Not what others made so.
+    const Outcome kept = shell("unshare -m sh -c 'mount -t bpf -o mode=0711 bpf /sys/fs/bpf && " + command +
+                               " load --group root && " + command + " unload && " + mode + "'");
+    EXPECT_NE(kept.output.find("\n711\n"), std::string::npos) << kept.output;
+}
+
 TEST_F(SchedmirrorTest, RepairsAnInterruptedLoad) {
     ASSERT_EQ(unlink((dir + "/sched_switch").c_str()), 0);
     EXPECT_EQ(schedmirror("status").exit_code, 3);

@@ -153,25 +153,44 @@ bool is_bpffs(const std::string& dir) {
     return statfs(dir.c_str(), &fs) == 0 && fs.f_type == BPF_FS_MAGIC;
 }
 
-// A BPF file system above dir that the group can reach through.
+// A BPF file system above dir.
 void prepare_file_system(const std::string& dir) {
     const std::string parent = dir.substr(0, dir.rfind('/'));
-    if (!is_bpffs(parent)) {
-        if (parent != kBpfFs)
-            refuse(parent + " is not in a BPF file system: mount one there (mount -t bpf bpf DIR)");
-        if (mount("bpf", kBpfFs, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0711") != 0)
-            refuse(std::string("the BPF file system is not mounted, and cannot be (") + reason() +
-                   "): run as root `mount -t bpf bpf " + kBpfFs + "`");
-        printf("schedmirror: mounted the BPF file system at %s\n", kBpfFs);
-    }
-    // systemd mounts it for root alone. What is pinned there has modes of its own; passing through harms
-    // nobody.
-    struct stat directory;
-    if (parent == kBpfFs && stat(kBpfFs, &directory) == 0 && (directory.st_mode & S_IXOTH) == 0) {
-        if (chmod(kBpfFs, (directory.st_mode & 07777) | S_IXGRP | S_IXOTH) != 0)
-            refuse(std::string("cannot let the group pass through ") + kBpfFs + ": " + reason());
-        printf("schedmirror: made %s passable for other users (mode +x)\n", kBpfFs);
-    }
+    if (is_bpffs(parent)) return;
+    if (parent != kBpfFs)
+        refuse(parent + " is not in a BPF file system: mount one there (mount -t bpf bpf DIR)");
+    if (mount("bpf", kBpfFs, "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC, "mode=0711") != 0)
+        refuse(std::string("the BPF file system is not mounted, and cannot be (") + reason() +
+               "): run as root `mount -t bpf bpf " + kBpfFs + "`");
+    printf("schedmirror: mounted the BPF file system at %s\n", kBpfFs);
+}
+
+constexpr mode_t kPass = S_IXGRP | S_IXOTH;
+
+// Where a load that changes the file system's mode keeps the former one, as a directory's: there are no files here.
+std::string former_mode(const std::string& dir) {
+    return path(dir, "former_mode");
+}
+
+// systemd mounts the file system for root alone. What is pinned there has modes of its own; passing through harms
+// nobody.
+void let_group_pass(const std::string& dir) {
+    struct stat root;
+    if (dir.substr(0, dir.rfind('/')) != kBpfFs || stat(kBpfFs, &root) != 0 || (root.st_mode & S_IXOTH) != 0)
+        return;
+    if (mkdir(former_mode(dir).c_str(), 0700) == 0) chmod(former_mode(dir).c_str(), root.st_mode & 07777);
+    if (chmod(kBpfFs, (root.st_mode & 07777) | kPass) != 0)
+        refuse(std::string("cannot let the group pass through ") + kBpfFs + ": " + reason());
+    printf("schedmirror: made %s passable for other users (mode +x), until `schedmirror unload`\n", kBpfFs);
+}
+
+void take_back_passage(const std::string& dir) {
+    struct stat former, root;
+    if (stat(former_mode(dir).c_str(), &former) != 0 || rmdir(former_mode(dir).c_str()) != 0) return;
+    if (stat(kBpfFs, &root) != 0 ||
+        chmod(kBpfFs, (root.st_mode & 07777 & ~kPass) | (former.st_mode & kPass)) != 0)
+        refuse(std::string("cannot set the mode of ") + kBpfFs + ": " + reason());
+    printf("schedmirror: %s has its former mode again\n", kBpfFs);
 }
 
 [[noreturn]] void refuse_load(int error) {
@@ -318,6 +337,7 @@ int load(const std::string& dir, const LoadOptions& options) {
             "is needed");
     prepare_file_system(dir);
     Descriptor directory = make_and_lock(dir);
+    let_group_pass(dir);
     const Pinned pinned = inspect(dir);
     if (loaded_already(dir, pinned, options)) return kDone;
     remove_all(dir);  // what an interrupted load or unload left
@@ -326,11 +346,12 @@ int load(const std::string& dir, const LoadOptions& options) {
         load_and_pin(dir, slots + 1, group);
     } catch (...) {
         unpin(dir);
+        take_back_passage(dir);
         rmdir(dir.c_str());
         throw;
     }
-    printf("schedmirror: loaded at %s with %u slots for group %s\n", dir.c_str(), slots,
-           group_name(group).c_str());
+    printf("schedmirror: loaded at %s (mode 0750, its maps 0660) with %u slots for group %s\n", dir.c_str(),
+           slots, group_name(group).c_str());
     return kDone;
 }
 
@@ -342,6 +363,7 @@ int unload(const std::string& dir) {
         return kDone;
     }
     remove_all(dir);
+    take_back_passage(dir);
     if (rmdir(dir.c_str()) != 0) refuse("cannot remove " + dir + ": " + reason());
     printf("schedmirror: unloaded from %s\n", dir.c_str());
     return kDone;

@@ -74,7 +74,8 @@ bpf_map_info describe(int fd) noexcept {
 void* map_array(int fd, const bpf_map_info& info, size_t element, int protection) noexcept {
     if (info.type != BPF_MAP_TYPE_ARRAY || info.value_size != element) return nullptr;
     if (info.max_entries < 2 || info.max_entries > SCHED_MIRROR_MAX_SLOTS) return nullptr;
-    void* memory = mmap(nullptr, element * info.max_entries, protection, MAP_SHARED, fd, 0);
+    // Newer kernels map an array's pages when they are touched: not while somebody spins.
+    void* memory = mmap(nullptr, element * info.max_entries, protection, MAP_SHARED | MAP_POPULATE, fd, 0);
     return memory == MAP_FAILED ? nullptr : memory;
 }
 
