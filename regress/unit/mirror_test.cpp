@@ -138,7 +138,7 @@ TEST_F(MirrorTest, SlotLifeCycle) {
     task.note_running();
     const SlotInfo info = mirror.info(slot);
     EXPECT_EQ(info.state, SchedState::on_cpu);
-    EXPECT_EQ(info.tid, static_cast<uint32_t>(gettid()));
+    EXPECT_EQ(info.tid, test::machine_tid());
     EXPECT_GE(info.switches, 1u);
     EXPECT_GT(info.last_switch_ns, 0u);
     EXPECT_LT(info.cpu, 4096u);
@@ -566,7 +566,7 @@ TEST_F(MirrorTest, TakenOverTaskNotices) {
     EXPECT_TRUE(eventually([&] { return report->noted != 0; }));
     // The older user's switches are ignored, and its death frees nothing.
     for (const double end = test::seconds() + 0.2; test::seconds() < end;)
-        ASSERT_EQ(mirror.info(1).tid, static_cast<uint32_t>(gettid()));
+        ASSERT_EQ(mirror.info(1).tid, test::machine_tid());
     child.end(SIGKILL);
     usleep(10000);
     EXPECT_EQ(mirror.used(), 1u);
@@ -675,7 +675,7 @@ TEST_F(MirrorTest, ThreadsRegisterOneByOne) {
         usleep(1000);
         mine.note_running();
         EXPECT_EQ(mirror.look(mine.slot()), SchedState::on_cpu);
-        EXPECT_EQ(mirror.info(mine.slot()).tid, static_cast<uint32_t>(gettid()));
+        EXPECT_EQ(mirror.info(mine.slot()).tid, test::machine_tid());
         // Ends attached: the kernel side gives the slot back.
     });
     other.join();

@@ -8,6 +8,7 @@
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <string>
 
 #include "mirror/mirror.h"
@@ -37,6 +38,16 @@ inline std::string schedmirror_path() {
     std::string path(self, length > 0 ? static_cast<size_t>(length) : 0);
     for (int up = 0; up < 2; up++) path.erase(path.rfind('/'));
     return path + "/schedmirror";
+}
+
+// The calling thread's id as the kernel's mirror shows it. A test that has a pid namespace of its own is told where the
+// processes of the machine are (scripts/private-bpffs).
+inline uint32_t machine_tid() {
+    const char* proc = getenv("MACHINE_PROC");
+    char text[64] = "";
+    const std::string path = std::string(proc != nullptr ? proc : "/proc") + "/thread-self";
+    if (readlink(path.c_str(), text, sizeof(text) - 1) < 0) return 0;
+    return static_cast<uint32_t>(strtoul(strrchr(text, '/') + 1, nullptr, 10));
 }
 
 inline std::string example_path(const std::string& name) {
