@@ -1,6 +1,7 @@
 // Child processes for tests: forked, reporting through a shared page, killed at the end of the scope, and with their parent.
 #pragma once
 
+#include <fcntl.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -8,8 +9,10 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cerrno>
 #include <csignal>
 #include <cstdint>
+#include <cstdlib>
 #include <ctime>
 #include <new>
 
@@ -71,12 +74,23 @@ class Child {
     template <typename Body>
     explicit Child(Body body) {
         const pid_t parent = getpid();
+        // The child says through it that it is bound to this thread. If that is gone by then, nobody reads.
+        int bound[2];
+        if (pipe2(bound, O_CLOEXEC) != 0) abort();
         pid = fork();
         if (pid == 0) {
+            close(bound[0]);
             die_with(parent);
+            if (write(bound[1], "", 1) != 1) _exit(1);
+            close(bound[1]);
             body();
             _exit(0);
         }
+        close(bound[1]);
+        char byte;
+        while (read(bound[0], &byte, 1) < 0 && errno == EINTR) {
+        }
+        close(bound[0]);
     }
     ~Child() { end(SIGKILL); }
     Child(const Child&) = delete;
