@@ -11,6 +11,7 @@
 
 #include "backend_mirror.h"
 #include "lwlock_api.h"
+#include "lwlock_probes.h"
 #include "patch/patch.h"
 #include "server/server.h"
 #include "settings.h"
@@ -44,6 +45,7 @@ void request_shmem() {
 bool server_calls_replacement() {
     constexpr SlotId kMark = 0xFFFF;
     LWLock* const lock = ShmemIndexLock;
+    const int held_before = lwlock_api::held_count();
     auto* owner = reinterpret_cast<volatile SlotId*>(reinterpret_cast<char*>(lock) + server::kOwnerOffset);
     volatile bool raised = false;
 
@@ -73,7 +75,7 @@ bool server_calls_replacement() {
 
     const uint32 held = (pg_atomic_read_u32(&lock->state) | pg_atomic_read_u32(&own_lock.state)) &
                         server::kLockBits.held_mask;
-    return !raised && *owner == kMark && held == 0 && lwlock_api::held_count() == 0;
+    return !raised && *owner == kMark && held == 0 && lwlock_api::held_count() == held_before;
 }
 
 /// Back to the server's own functions, letting go of what either of the two implementations may have taken.
@@ -96,6 +98,14 @@ bool optimized_at_link_time() {
     return false;
 }
 
+void say_that_it_is_held(LWLock* lock, LWLockMode, void*) {
+    snprintf(
+        reason, sizeof(reason),
+        "another module holds the LWLock \"%s\" while it calls this one: list adaptive_lwlock behind it in "
+        "shared_preload_libraries",
+        probe::tranche_name(*lock));
+}
+
 void replace_functions() {
     // Shared memory is set up again after a crash; the code pages stay as they are.
     static bool installed = false;
@@ -106,6 +116,10 @@ void replace_functions() {
                     sizeof(reason));
             return;
         }
+        // The server's list of locks held is not the replacement's, which could not let go of them.
+        reason[0] = '\0';
+        ForEachLWLockHeldByMe(say_that_it_is_held, nullptr);
+        if (reason[0] != '\0') return;
         const patch::Result result = lwlock_api::install();
         if (!result.ok) {
             if (!result.intact) elog(FATAL, "adaptive_lwlock: %s", result.reason);
