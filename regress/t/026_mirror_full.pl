@@ -34,13 +34,14 @@ sub empty { bpf_update($claims, $_, pack('LLQx48', 0, 0, 0)) for @claimed; retur
 sub calls
 {
 	my ($seconds, @pids) = @_;
-	my $of_these = join ' || ', map { "pid == $_" } @pids;
+	my %ours = map { machine_pid($_) => $_ } @pids;
+	my $of_these = join ' || ', map { "pid == $_" } keys %ours;
 	my (undef, $said) = as_root('timeout', '--kill-after=5', '60', 'bpftrace', '-e',
 		join(' ', map { "tracepoint:syscalls:sys_enter_$_ /$of_these/ { \@[pid, \"$_\"] = count(); }" } 'kill', 'bpf', 'pidfd_open', 'getrusage', 'munmap')
 		  . " BEGIN { printf(\"attached\\n\"); } interval:s:$seconds { exit(); }");
 	like($said, qr/^attached$/m, 'bpftrace attaches') or diag($said);
 	my %calls;
-	$calls{$1}{$2} = $3 while $said =~ /^\@\[(\d+), (\w+)\]: (\d+)/mg;
+	$calls{ $ours{$1} }{$2} = $3 while $said =~ /^\@\[(\d+), (\w+)\]: (\d+)/mg;
 	return \%calls;
 }
 sub shown { my ($calls) = @_; return join '; ', map { my $pid = $_; "$pid: " . join ', ', map { "$_ $calls->{$pid}{$_}" } sort keys %{ $calls->{$pid} } } sort keys %$calls; }

@@ -33,7 +33,7 @@ use Test::More;
 our @EXPORT = qw(
   new_server status counters wait_until
   start_load finish_load run_load start_session
-  as_root why_no_root why_no_bpf mirror
+  as_root why_no_root why_no_bpf mirror machine_pid
 );
 
 # A test that is out of time is told to end: it takes its servers with it.
@@ -220,6 +220,23 @@ sub as_root
 }
 
 my %loaded;    # as --dir names it
+
+# The ids that the machine's own pid namespace, and so a tracer, has for processes of ours (scripts/private-bpffs).
+sub machine_pid
+{
+	my ($pid) = @_;
+	my $machine = $ENV{MACHINE_PROC} // return $pid;
+	# When a process began is the same everywhere, and tells it from that number's processes in other namespaces.
+	my $began = sub { (split / /, slurp_file("$_[0]/stat") =~ s/.*\) //sr)[19] };
+	my $when = $began->("/proc/$pid");
+	for my $process (glob "$machine/[0-9]*")
+	{
+		# It may have ended meanwhile.
+		return $process =~ s/.*\///r
+		  if eval { slurp_file("$process/status") =~ /^NSpid:.*\s$pid$/m && $began->($process) == $when };
+	}
+	die "no process $pid on this machine";
+}
 
 # mirror('load' / 'unload' / 'status', options of schedmirror …): dies when it fails.
 sub mirror
