@@ -17,13 +17,21 @@
  * start, the list's links where a pthread_mutex_t has them, 32 and 24 bytes behind. A C library with another
  * layout is recognized (not_supported).
  *
+ * A race that every robust mutex has: a thread is killed in unlock(), after it gave the mutex up and before it took
+ * its note back. The kernel then looks at that memory once more. If another thread has mapped something else there
+ * meanwhile, with the dead thread's id in that place, the kernel marks it as a dead owner's. So keep the memory of a
+ * RobustMutex mapped while threads that used it may be killed. Linux 7.2 closes the race for words of 32 bits:
+ * FUTEX_ROBUST_UNLOCK, and a function of the vDSO for the uncontended case, set them to 0 and clear the note. Neither
+ * is used here: this word has 64 bits, and its release may leave the spinner and the sleepers' bit in it.
+ *
  * Not seen: a holder in another pid namespace whose id a dying task has there (the kernel compares ids), and a
  * thread made by clone() without the C library (not_supported).
  *
  * Thread and process safety: yes; in memory that processes share, at any address. unlock() and consistent() by
  * the thread that holds it only. After fork the child holds nothing of what its parent held.
  * Zeroed memory is an unlocked mutex; 40 bytes.
- * Errors: LockResult. Source: Documentation/locking/robust-futexes, robust-futex-ABI (Linux).
+ * Errors: LockResult. Source: Documentation/locking/robust-futexes, robust-futex-ABI (Linux); Gleixner,
+ * "futex: Add support for unlocking robust futexes" (Linux 7.2).
  */
 
 #include <cstddef>
