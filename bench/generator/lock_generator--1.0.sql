@@ -67,5 +67,6 @@ RETURNS SETOF record LANGUAGE C STRICT VOLATILE PARALLEL UNSAFE AS 'MODULE_PATHN
 REVOKE ALL ON FUNCTION lock_generator_run(int, int, float8, int, int, int, int, int), lock_generator_longest_wait(),
     lock_generator_calibrate(),
     lock_generator_line_cost(), lock_generator_stress(bigint, int), lock_generator_stress_totals(),
-    lock_generator_error(), lock_generator_start_waiter(), lock_generator_torture(int, bigint), lock_generator_torture_stops(int, bigint),
+    lock_generator_error(), lock_generator_start_waiter(), lock_generator_torture(int, bigint),
+    lock_generator_torture_stops(int, bigint),
     lock_generator_torture_totals(), lock_generator_torture_locks() FROM PUBLIC;

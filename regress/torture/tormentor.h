@@ -8,7 +8,6 @@
 
 #include <fcntl.h>
 #include <sched.h>
-#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -22,6 +21,7 @@
 #include <vector>
 
 #include "../../bench/generator/torture.h"
+#include "../unit/processes.h"
 #include "spin/pace.h"
 
 namespace torture {
@@ -79,8 +79,7 @@ class OwnMirror {
                                  std::to_string(random.from_to(4, 200));
         const pid_t parent = getpid(), pid = fork();
         if (pid == 0) {
-            prctl(PR_SET_PDEATHSIG, SIGKILL);
-            if (getppid() != parent) _exit(1);
+            ::test::die_with(parent);
             const int nowhere = open("/dev/null", O_RDWR);
             dup2(nowhere, 1);
             dup2(nowhere, 2);

@@ -90,8 +90,7 @@ class MirrorTest : public test::PrivateMirror {
         struct stat status;
         ASSERT_EQ(stat("/proc/self/ns/pid", &status), 0);
         claim.tid = static_cast<uint32_t>(tid);
-        const uint32_t where[2] = {static_cast<uint32_t>(status.st_ino), claim.generation};
-        memcpy(&claim.seen_switches + 1, where, sizeof(where));
+        claim.whence = {static_cast<uint32_t>(status.st_ino), claim.generation};
     }
     // Takes the switch program away and leaves the mirror as it is: from now on every switch is missed.
     void stop_recording() {

@@ -57,7 +57,8 @@
  * I6 (no trace). A task may leave in the middle of an acquire, by an exit in a signal handler, and leave behind its bit,
  * its place in the queue, or a wake-up that it was sent. It notes the lock before any of them, so that abandon() finds
  * it. Every acquire that has to wait calls that first, as the exit may itself take locks. As in the server, nothing
- * helps when a task leaves with the wait list locked, or with the lock taken and not yet remembered.
+ * helps when a task leaves with the wait list locked, with others off the list and not yet woken, or with the lock taken
+ * and not yet remembered.
  *
  * I7 (free moments). A task that waits until the lock is free need not see it free: a spinner may take it within the same
  * 100 ns. While until_free waiters are queued, the task that ends a free moment sets `free_since` with the same step
@@ -90,8 +91,8 @@ enum class LockMode : uint8_t {
     exclusive,
     shared,
     until_free,
-    freed
-};  ///< freed: of an until_free waiter that is off the list: the lock was free during its call (I7)
+    freed,  ///< of an until_free waiter that is off the list: the lock was free during its call (I7)
+};
 enum class WaitState : uint8_t {
     not_waiting,
     waiting,

@@ -39,8 +39,8 @@ static void startup(void) {
 
 void _PG_init(void) {
     if (!process_shared_preload_libraries_in_progress) return;
-    DefineCustomIntVariable("rude.from", "The time from which on the lock is held.", NULL, &from, 1, 1, INT_MAX,
-                            PGC_POSTMASTER, 0, NULL, NULL, NULL);
+    DefineCustomIntVariable("rude.from", "The time from which on the lock is held.", NULL, &from, 1, 1,
+                            INT_MAX, PGC_POSTMASTER, 0, NULL, NULL, NULL);
     previous_startup_hook = shmem_startup_hook;
     shmem_startup_hook = startup;
 }
