@@ -7,6 +7,7 @@ use strict;
 use warnings;
 use Exporter 'import';
 use IPC::Run;
+use MachineUse;
 use Time::HiRes qw(time usleep);
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -59,6 +60,7 @@ sub end_load
 	}
 	if ($load->{run}->pumpable)
 	{
+		diag('the load hangs: ' . machine_use_since($load->{since}));
 		$load->{run}->kill_kill(grace => 1);
 		return undef;
 	}

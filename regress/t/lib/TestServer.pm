@@ -26,6 +26,7 @@ BEGIN
 }
 
 use IPC::Run;
+use MachineUse;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -99,7 +100,7 @@ sub start_load
 	my $script = PostgreSQL::Test::Utils::tempdir() . '/load.sql';
 	append_to_file($script, "$options{sql};\n");
 	my @until = $options{transactions} ? ('-t', $options{transactions}) : ('-T', $options{seconds});
-	my %load = (node => $node, out => '', started => time, seconds => $options{seconds} // 0);
+	my %load = (node => $node, out => '', started => time, seconds => $options{seconds} // 0, since => machine_use());
 	$load{run} = IPC::Run::start(
 		[
 			'pgbench', '-n', '-P', '2', '-c', $options{clients}, '-j', '2', @until, '-f', $script,
@@ -142,7 +143,7 @@ sub finish_load
 	}
 	my ($transactions) = $load->{out} =~ /number of transactions actually processed: (\d+)/;
 	$problem = 'no transaction was done' if !$problem && !$transactions;
-	ok(!$problem, $name) or diag("$problem:\n$load->{out}");
+	ok(!$problem, $name) or diag("$problem:\n$load->{out}\n" . machine_use_since($load->{since}));
 	# Whatever came next would hang as well.
 	die "the server hangs" if $hangs;
 	return $transactions // 0;

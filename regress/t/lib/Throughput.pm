@@ -9,6 +9,7 @@ package Throughput;
 use strict;
 use warnings;
 use Exporter 'import';
+use MachineUse;
 use TestServer;
 use Test::More;
 use Time::HiRes qw(time sleep);
@@ -25,7 +26,7 @@ sub end_load
 	$load->{run}->signal('TERM');
 	$load->{run}->finish;
 	my $problem = $load->{out} =~ /ERROR|FATAL|aborted/ ? 'it failed' : $load->{out} =~ /^progress: [\d.]+ s, 0\.0 tps/m ? 'it stalled' : '';
-	is($problem, '', $name) or diag($load->{out});
+	is($problem, '', $name) or diag("$load->{out}\n" . machine_use_since($load->{since}));
 	return;
 }
 
