@@ -11,13 +11,15 @@
 #
 # For a server that is installed:
 #   make               the module (PGXS) and the schedmirror command
-#   make install       both, into the server of PG_CONFIG
+#   make install       both: the module into the server of PG_CONFIG, the command into sbindir
 #   make installcheck  SQL and isolation tests against a running server that has the module preloaded
 #
 #   PG_CONFIG=…        the server to build for
+#   sbindir=…          where schedmirror is installed: a directory on root's PATH
 #   SCHEDMIRROR=no     leave out the kernel side, which needs clang, libbpf and Boost.Program_options
 
 PG_CONFIG ?= pg_config
+sbindir = /usr/local/sbin
 
 EXTENSION = adaptive_lwlock
 MODULE_big = adaptive_lwlock
@@ -68,10 +70,10 @@ endif
 
 .PHONY: install-schedmirror uninstall-schedmirror
 install-schedmirror: build/schedmirror
-	$(MKDIR_P) '$(DESTDIR)$(bindir)'
-	$(INSTALL_PROGRAM) build/schedmirror '$(DESTDIR)$(bindir)'
+	$(MKDIR_P) '$(DESTDIR)$(sbindir)'
+	$(INSTALL_PROGRAM) build/schedmirror '$(DESTDIR)$(sbindir)'
 uninstall-schedmirror:
-	rm -f '$(DESTDIR)$(bindir)/schedmirror'
+	rm -f '$(DESTDIR)$(sbindir)/schedmirror'
 
 clean: clean-generator
 .PHONY: clean-generator
