@@ -14,6 +14,7 @@
 #include "lwlock_probes.h"
 #include "patch/patch.h"
 #include "server/server.h"
+#include "server_layout.h"
 #include "settings.h"
 #include "stats.h"
 
@@ -88,14 +89,20 @@ void back_to_stock() {
     functions_replaced = 0;
 }
 
-/// What the server itself says of how it was built. Copies of functions that do not use the list of locks held
-/// cannot be found.
-bool optimized_at_link_time() {
+/// Told by what the server itself says of how it was built.
+const char* why_copies_may_stay() {
     size_t n;
     const ConfigData* const settings = get_configdata(my_exec_path, &n);
-    for (size_t i = 0; i < n; i++)
-        if (strstr(settings[i].setting, "-flto") != nullptr) return true;
-    return false;
+    const char* configured = "";
+    StringInfoData flags;
+    initStringInfo(&flags);
+    for (size_t i = 0; i < n; i++) {
+        if (strcmp(settings[i].name, "CONFIGURE") == 0) configured = settings[i].setting;
+        appendStringInfo(&flags, "%s ", settings[i].setting);
+    }
+    const char* const why = patch::why_copies_may_stay(configured, flags.data, patch::finds_copies);
+    pfree(flags.data);
+    return why;
 }
 
 void say_that_it_is_held(LWLock* lock, LWLockMode, void*) {
@@ -110,12 +117,11 @@ void replace_functions() {
     // Shared memory is set up again after a crash; the code pages stay as they are.
     static bool installed = false;
     if (!installed) {
-        if (optimized_at_link_time()) {
-            strlcpy(reason,
-                    "the server was built with link-time optimization, which inlines and clones functions",
-                    sizeof(reason));
+        if (const char* why = why_copies_may_stay()) {
+            strlcpy(reason, why, sizeof(reason));
             return;
         }
+        if (!server_layout::is_as_built(reason, sizeof(reason))) return;
         // The server's list of locks held is not the replacement's, which could not let go of them.
         reason[0] = '\0';
         ForEachLWLockHeldByMe(say_that_it_is_held, nullptr);

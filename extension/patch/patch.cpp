@@ -189,6 +189,12 @@ Result examine(const ProgramText& text, const Replacement& wanted, Patch* patch)
     return success(1);
 }
 
+}  // namespace
+
+const bool finds_copies = native::kDataBytes != 0;
+
+namespace {
+
 // The static variables that every function which marks copies uses.
 struct Marks {
     static constexpr int kMost = 8;
@@ -212,9 +218,10 @@ struct Marks {
     }
 };
 
+// Where none can be found, why_copies_may_stay() says so.
 Result check_no_copies(const ProgramText& text, const Replacement* replacements, const Patch* patches,
                        int n) {
-    if (native::kDataBytes == 0) return success(n);
+    if (!finds_copies) return success(n);
     Marks marks;
     for (int i = 0; i < n; i++)
         if (replacements[i].marks_copies) marks.intersect(patches[i].entry, patches[i].size);
@@ -316,6 +323,18 @@ Result write_jumps(const Installation& in, int n) {
 }
 
 }  // namespace
+
+const char* why_copies_may_stay(const char* configured, const char* flags, bool can_find) noexcept {
+    // Copies of functions that do not use what marks them cannot be found.
+    if (std::strstr(flags, "-flto") != nullptr)
+        return "the server was built with link-time optimization, which inlines and clones functions";
+    // Builds by Meson do not record it.
+    if (configured[0] == '\0' && !can_find)
+        return "the server does not say whether it was built with link-time optimization (a build by "
+               "Meson?), and this "
+               "module cannot find out on this processor: build the server with configure";
+    return nullptr;
+}
 
 Result install(const Replacement* replacements, int n) noexcept {
     if (installed.n != 0) return refusal("functions have already been replaced");

@@ -40,6 +40,14 @@ struct Result {
 // at a time.
 Result install(const Replacement* replacements, int n) noexcept;
 
+// What install() finds copies of functions by is not told by the code of every processor.
+extern const bool finds_copies;
+
+// Why a program may have copies of functions that install() does not find, as link-time optimization makes them; null: it
+// has none. `configured` is how the program was configured to be built, empty where it does not say; `flags` all that it
+// says of its compiler's and linker's flags; `can_find`: finds_copies, of the processor that it is for.
+const char* why_copies_may_stay(const char* configured, const char* flags, bool can_find) noexcept;
+
 // Puts the program's own bytes back. No effect when nothing is installed.
 Result remove() noexcept;
 

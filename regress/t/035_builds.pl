@@ -133,4 +133,62 @@ is_stock($node, 'inlined functions', qr/the server does not call its LWLock func
 	}));
 is($calls, 1, 'inlined functions: one caller');
 $node->stop;
+
+# ---- a minor release that has changed what the module was built for ----
+
+# A flag that stock servers do not look at is set in every new lock.
+is_stock($node, 'another LWLock', qr/this server differs from the one that the module was built for \(.*\) in LWLock.state: build/,
+	bindir => changed(sub {
+		my ($bytes) = @_;
+		my ($at, $size) = (offset_of($symbol{LWLockInitialize}{address}), $symbol{LWLockInitialize}{size});
+		my $code = substr $$bytes, $at, $size;
+		$code =~ s/\0\0\0\x20/\0\0\0\x22/ || $code =~ s/\0\0\0\x40/\0\0\0\x44/ || die 'no flags in LWLockInitialize';
+		substr($$bytes, $at, $size) = $code;
+	}));
+$node->stop;
+
+# The module, with what it believes of the server's processes taken from a changed header. Returns it as a setting.
+my ($build) = ($ENV{SCHEDMIRROR} // '') =~ m{^(.*)/build/schedmirror$};
+my $headers = $node->config_data('--includedir-server');
+sub built_for
+{
+	my ($change) = @_;
+	my $tree = PostgreSQL::Test::Utils::tempdir();
+	my $header = 'storage/proc.h';
+	my $changed = slurp_file("$headers/$header");
+	$change->() or die "$header is not as expected" for $changed;
+	mkdir "$tree/changed" or die $!;
+	mkdir "$tree/changed/storage" or die $!;
+	append_to_file("$tree/changed/$header", $changed);
+	my $includes = "-I$tree/changed -I. -Isrc -isystem $headers";
+	my ($status, $output) = as_root('sh', '-ec', <<"SH");
+cd $build
+mkdir $tree/build
+cp -a Makefile extension src sql adaptive_lwlock.control $tree
+cp -a build/libadaptive.a build/src $tree/build
+cd $tree
+touch extension/server_layout.cpp
+make -s SCHEDMIRROR=no PG_CPPFLAGS='$includes' adaptive_lwlock.so
+chmod -R a+rX .
+SH
+	is("$status $output", '0 ', "$header: the module is built");
+	return "lock_generator,$tree/adaptive_lwlock.so";
+}
+
+SKIP:
+{
+	my $why = why_no_root() // ($build ? undef : 'the tree is not known');
+	skip $why, 1 if $why;
+	my $member = sub { my ($name) = @_; return qr/^\t\S[^\n]*\b\Q$name\E;/m; };
+	my ($first, $middle, $other) = map { $member->($_) } 'links', 'isBackgroundWorker', 'fpLockBits';
+	for my $case (
+		[ 'a member more', sub { s/^(struct PGPROC\n.*?)(?=^\};)/$1\tuint64 added;\n/ms }, 'the size of PGPROC' ],
+		[ 'another in front', sub { s/(?=$first)/\tuint64 added;\n/ && s/$other// }, 'PGPROC.sem' ],
+		[ 'another in the middle', sub { s/(?=$middle)/\tuint32 added[2];\n/ && s/$other// }, 'PGPROC.myProcLocks' ])
+	{
+		my ($name, $change, $what) = @$case;
+		is_stock($node, $name, qr/this server differs from the one that the module was built for \(.*\) in $what: build the module anew/, preload => built_for($change));
+		$node->stop;
+	}
+}
 done_testing();

@@ -404,6 +404,26 @@ TEST(PatchCopies, NothingToTellThemBy) {
     EXPECT_EQ(refuses({one}, "the variables of the functions to be replaced cannot be found"), "");
 }
 
+TEST(PatchCopies, MayStayWhereTheyCannotBeFound) {
+    const auto says = [](const char* configured, const char* flags, bool can_find, const char* words) {
+        const char* const why = why_copies_may_stay(configured, flags, can_find);
+        return std::strstr(why != nullptr ? why : "nothing", words) != nullptr;
+    };
+    for (const bool can_find : {true, false}) {
+        EXPECT_TRUE(says("'--prefix=/usr'", "-O2 -Wl,-z,relro", can_find, "nothing"));
+        EXPECT_TRUE(
+            says("'CFLAGS=-flto=auto'", "-flto=auto", can_find, "was built with link-time optimization"));
+    }
+    // By Meson.
+    EXPECT_TRUE(says("", "-O2", true, "nothing"));
+    EXPECT_TRUE(says("", "-O2", false, "does not say whether"));
+#if defined(__x86_64__)
+    EXPECT_TRUE(finds_copies);
+#elif defined(__aarch64__)
+    EXPECT_FALSE(finds_copies);
+#endif
+}
+
 // Changes code as another module would: `offset` bytes behind the entry.
 void scribble(const char* name, size_t offset, const void* bytes, size_t n) {
     uint8_t* at = address_of(name) + offset;
