@@ -53,7 +53,7 @@ constexpr char kStaleReason[] =
 constexpr uint64_t kShortestPause = 1'000'000, kLongestPause = 60'000'000;
 
 Error no_slot = {};     // why this process has none; empty: said already, or it has one
-uint64_t next_try = 0;  // CycleClock
+uint64_t last_try = 0;  // CycleClock; 0: the next need not wait
 uint64_t pause_us = kShortestPause;
 MirrorTask lost_task;  // a registration that no longer counts and is still to be given back
 bool slept = false;    // since the registration was last judged
@@ -66,8 +66,10 @@ int backends() {
 uint32_t rseq_slots() {
     return Min(static_cast<uint32_t>(backends()) + 1, SCHED_MIRROR_MAX_SLOTS);
 }
+// As many as there were when the memory was asked for: some may be added before it is set up again after a crash.
 uint32_t cpus() {
-    return static_cast<uint32_t>(get_nprocs_conf());
+    static const auto n = static_cast<uint32_t>(get_nprocs_conf());
+    return n;
 }
 
 size_t shared_bytes() {
@@ -88,7 +90,7 @@ void close_mirror() {
     lost_task.detach();
     publish_slot(0);
     mirror.close();
-    next_try = 0;
+    last_try = 0;
     pause_us = kShortestPause;
 }
 
@@ -159,9 +161,10 @@ bool attach() {
 }
 
 void seek_slot() {
+    // A clock that was set back is past every pause.
     const uint64_t now = CycleClock::now();
-    if (now < next_try) return;
-    next_try = now + pause_us * CycleClock::ticks_per_microsecond();
+    if (last_try != 0 && now - last_try < pause_us * CycleClock::ticks_per_microsecond()) return;
+    last_try = now;
     if (mirror.source() == Source::off && !open_again()) return;
     if (attach()) {
         publish_slot(task.slot());
@@ -225,7 +228,7 @@ void child_after_fork() {
     own_slot = 0;
     settled = slept = false;
     no_slot.text[0] = '\0';
-    next_try = 0;
+    last_try = 0;
     pause_us = kShortestPause;
 }
 
@@ -250,7 +253,8 @@ void shmem_startup() {
 }
 
 void register_callbacks() {
-    pthread_atfork(nullptr, nullptr, child_after_fork);
+    if (pthread_atfork(nullptr, nullptr, child_after_fork) != 0)
+        ereport(ERROR, (errcode(ERRCODE_OUT_OF_MEMORY), errmsg("out of memory")));
     RegisterXactCallback(at_transaction_end, nullptr);
 }
 
