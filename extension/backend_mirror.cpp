@@ -35,6 +35,7 @@ namespace {
 // Shared by the server's processes.
 struct Shared {
     pg_atomic_uint64 warned_at;                     // TimestampTz
+    pg_atomic_uint64 stale_witness;                 // the last process that found its mirror stale
     pg_atomic_uint32 stale_mirror;                  // id of a mirror that nobody keeps
     SlotId slot_of_backend[FLEXIBLE_ARRAY_MEMBER];  // indexed by PGPROC number
 };
@@ -174,6 +175,13 @@ void seek_slot() {
     }
 }
 
+/// All leave a stale mirror: one process's word is not enough.
+bool another_found_it_stale() {
+    const uint64 me = static_cast<uint64>(mirror.id()) << 32 | static_cast<uint32>(MyProcPid);
+    const uint64 before = pg_atomic_exchange_u64(&shared->stale_witness, me);
+    return before != me && before >> 32 == mirror.id();
+}
+
 void judge_registration() {
     switch (task.note_slept()) {
         case Recording::works:
@@ -181,6 +189,7 @@ void judge_registration() {
         case Recording::stopped:  // this one registration was taken away
             return lost();
         case Recording::never:
+            if (!another_found_it_stale()) return lost();
             pg_atomic_write_u32(&shared->stale_mirror, mirror.id());
             strlcpy(no_slot.text, kStaleReason, sizeof(no_slot.text));
     }
@@ -247,6 +256,7 @@ void shmem_startup() {
     shared = static_cast<Shared*>(ShmemInitStruct("adaptive_lwlock slots", shared_bytes(), &found));
     MemSet(shared, 0, shared_bytes());
     pg_atomic_init_u64(&shared->warned_at, 0);
+    pg_atomic_init_u64(&shared->stale_witness, 0);
     pg_atomic_init_u32(&shared->stale_mirror, 0);
     open_mirror_in_shmem(
         ShmemInitStruct("adaptive_lwlock rseq mirror", Mirror::rseq_bytes(rseq_slots(), cpus()), &found));

@@ -39,8 +39,8 @@ sub slots
 my $nothing = qr/no mirror at .*schedmirror load/;
 my $not_ours = qr/no mirror of a known layout: reload/;
 my @cases = (
-	'an older version' => sub { put('slots', slots(version => 0)) } => qr/layout version 0, this program knows 1: reload/,
-	'a newer version' => sub { put('slots', slots(version => 2)) } => qr/layout version 2, this program knows 1: reload/,
+	'an older version' => sub { put('slots', slots(version => 0)) } => qr/layout version 0, this program knows 2: reload/,
+	'a newer version' => sub { put('slots', slots(version => 3)) } => qr/layout version 3, this program knows 2: reload/,
 	'switched off' => sub { put('slots', slots(active => 0)) } => qr/has been unloaded/,
 	'another magic number' => sub { put('slots', slots(magic => 0x7363684e)) } => $not_ours,
 	'zeros' => sub { put('slots', bpf_create_array(64, 101)) } => $not_ours,
@@ -53,23 +53,22 @@ my @cases = (
 	'larger claims' => sub { put('claims', bpf_create_array(128, 101)) } => $not_ours,
 	'slots that cannot be mapped' => sub { put('slots', slots(flags => 0)) } => $not_ours,
 	'claims that cannot be mapped' => sub { put('claims', bpf_create_array(64, 101, 0)) } => $not_ours,
-	'claims that cannot be written' => sub { my $fd = bpf_create_array(64, 101); bpf_freeze($fd); put('claims', $fd) } => $not_ours,
+	'claims that cannot be written' => sub { my $fd = bpf_create_array(64, 101); bpf_freeze($fd); put('claims', $fd) } => qr/claims is frozen.*schedmirror load/,
 	'a hash for the slots' => sub { put('slots', bpf_create_hash(4, 64, 101)) } => $not_ours,
-	'a hash for the tasks' => sub { put('tasks', bpf_create_hash(4, 8, 101)) } => $not_ours,
-	'tasks with a longer value' => sub { put('tasks', bpf_create_hash(4, 4096, 101)) } => $not_ours,
-	'an array for the tasks' => sub { put('tasks', bpf_create_array(8, 101)) } => $not_ours,
+	'an array for the registering program' => sub { put('register', bpf_create_array(8, 101)) } => $not_ours,
 	'a program for the slots' => sub { put('slots', bpf_open('deactivate')) } => $not_ours,
-	'a program for the tasks' => sub { put('tasks', bpf_open('deactivate')) } => $not_ours,
+	'another program for it' => sub { put('register', bpf_open('deactivate')) } => $not_ours,
+	'a program of another kind' => sub { put('register', bpf_program_of_link('sched_switch')) } => $not_ours,
 	'a program for the claims' => sub { put('claims', bpf_program_of_link('sched_switch')) } => $not_ours,
 	'a link for the slots' => sub { put('slots', bpf_open('sched_switch')) } => qr/./,
 	'no slots' => sub { unlink 'slots' } => $nothing,
 	'no claims' => sub { unlink 'claims' } => $nothing,
-	'no tasks' => sub { unlink 'tasks' } => $nothing,
+	'no registering program' => sub { unlink 'register' } => $nothing,
 	'a directory for the slots' => sub { unlink 'slots'; mkdir 'slots' } => qr/may not open|cannot open/,
 	'a loop of links for the claims' => sub { unlink 'claims'; symlink 'claims', 'claims' } => qr/cannot open/,
 	'slots of root alone' => sub { chmod 0600, 'slots' } => qr/may not open .*slots: join the group/,
 	'claims of root alone' => sub { chmod 0600, 'claims' } => qr/may not open .*claims: join the group/,
-	'tasks of root alone' => sub { chmod 0600, 'tasks' } => qr/may not open .*tasks: join the group/,
+	'a registering program of root alone' => sub { chmod 0600, 'register' } => qr/may not open .*register: join the group/,
 	'claims to read only' => sub { chmod 0440, 'claims' } => qr/may not open .*claims: join the group/,
 	'another group' => sub { chown 0, 0, '.' } => qr/may not open .*slots: join the group/,
 	'a directory of root alone' => sub { chmod 0700, '.' } => qr/may not open .*slots: join the group/,
@@ -86,7 +85,7 @@ sub place
 			mkdir $made, 0750 or die "mkdir: $!";
 			chown 0, $group, $made;
 			chdir $made or die "chdir: $!";
-			for my $name ('slots', 'claims', 'tasks', 'deactivate', 'sched_switch') { put($name, bpf_open("$good/$name")); }
+			for my $name ('slots', 'claims', 'register', 'deactivate', 'sched_switch') { put($name, bpf_open("$good/$name")); }
 			$code->();
 			rename $made, $MIRROR_DIR or die "rename: $!";
 		});

@@ -19,7 +19,7 @@ my $stale = "SELECT source, source_reason ~ 'the mirror is stale|no mirror at' F
 my $good = 'SELECT source, source_reason IS NULL FROM adaptive_lwlock_status()';
 
 # The links alone, then everything.
-for my $names ([ 'sched_switch', 'process_exit' ], [ 'slots', 'claims', 'notes', 'tasks', 'deactivate', 'sched_switch', 'process_exit' ])
+for my $names ([ 'sched_switch', 'process_exit' ], [ 'slots', 'claims', 'notes', 'register', 'deactivate', 'sched_switch', 'process_exit' ])
 {
 	my $what = @$names . ' pins';
 	is($node->safe_psql('postgres', $good), 'bpf|t', "$what: the mirror is in use");
@@ -51,18 +51,19 @@ for my $names ([ 'sched_switch', 'process_exit' ], [ 'slots', 'claims', 'notes',
 my @said = slurp_file($node->logfile) =~ /runs without a slot in the mirror.*\n.*DETAIL:  the mirror is stale/g;
 ok(@said >= 1 && @said <= 10, 'the log says so, not too often') or diag(scalar @said);
 
-# A registration taken away from under a process, as any member of the group can: it registers again, and nothing else happens.
+# A slot taken from a process, as any member of the group can, by registering for it with a newer generation: the process takes
+# another, and nothing else happens.
 my $session = $node->background_psql('postgres');
 my $pid = $session->query('SELECT pg_backend_pid()');
-my $tasks = bpf_open("$MIRROR_DIR/tasks");
 my $load = start_endless_load($node, sql => $contended, clients => 4);
 my $of = "SELECT slot, switches FROM adaptive_lwlock_backends WHERE pid = $pid";
 for my $round (1 .. 3)
 {
 	$session->query('SELECT lock_generator_run(1000, 1000, 2)');
-	bpf_delete_registration($tasks, $pid);
+	my $slot = $node->safe_psql('postgres', "SELECT slot FROM adaptive_lwlock_backends WHERE pid = $pid");
+	as_other_do('postgres', sub { bpf_register(bpf_open("$MIRROR_DIR/register"), $slot, 1000 * $round); select(undef, undef, undef, 0.01); '' });
 	my $frozen = $node->safe_psql('postgres', $of);
-	is($node->safe_psql('postgres', "SELECT pg_sleep(0.01); $of"), "\n$frozen", "round $round: a registration taken away, nothing is recorded");
+	is($node->safe_psql('postgres', "SELECT pg_sleep(0.01); $of"), "\n$frozen", "round $round: a slot taken away, nothing is recorded");
 	my $now = $frozen;
 	for (1 .. 200)
 	{

@@ -79,17 +79,11 @@ for my $what ('claims', 'registrations')
 	}
 	else
 	{
-		# It takes the others' registrations away, and registers itself for their slots.
-		my @victims = split /\n/, $one->safe_psql('postgres', 'SELECT pid FROM pg_stat_activity');
+		# It registers itself for the others' slots, with generations of its own.
 		$spoiler = start_doing(
 			0,
-			sub { bpf_open("$MIRROR_DIR/tasks") },
-			sub {
-				my ($tasks, $round) = @_;
-				bpf_register($tasks, $$, $round % ($slots + 2), int rand 2**32);
-				# Gone already is gone as well.
-				eval { bpf_delete_registration($tasks, $victims[ $round % @victims ]); 1 } or $!{ENOENT} or $!{ESRCH} or die;
-			});
+			sub { bpf_open("$MIRROR_DIR/register") },
+			sub { my ($register, $round) = @_; bpf_register($register, $round % ($slots + 2), int rand 2**32); });
 	}
 	owner_keeps_up($one, "spoiled $what" => sub { });
 	run_load($one, "spoiled $what: processes come and go", sql => '\set n random(1, 5)' . "\nSELECT lock_generator_stress(500, 50), pg_sleep(0.001 * :n)",
@@ -124,14 +118,6 @@ end_load($load, 'all slots claimed: the load goes on');
 like(slurp_file($one->logfile), qr/runs without a slot in the mirror.*\n.*all $slots slots of the mirror are taken/, 'and the log says so');
 bpf_update($claims, $_, pack('LLQx48', 0, 0, 0)) for grep { !$taken{$_} } 1 .. $slots;
 
-# Frozen, the task storage takes no registration from anybody.
-bpf_freeze(bpf_open("$MIRROR_DIR/tasks"));
-is($one->safe_psql('postgres', 'SELECT count(*), count(slot) FROM adaptive_lwlock_backends WHERE pid = pg_backend_pid()'), '1|0', 'frozen: a new process has no slot');
-run_load($one, 'frozen: a load', sql => $exact, clients => 8, seconds => 2);
-mirror('unload');
-mirror('load', '--slots', $slots);
-wait_until($one, $good, 'bpf|t', 'loaded anew, the mirror is in use');
-is($one->safe_psql('postgres', 'SELECT count(slot) FROM adaptive_lwlock_backends WHERE pid = pg_backend_pid()'), 1, 'by new processes too');
 unlike(slurp_file($_->logfile), qr/PANIC|TRAP|was terminated by signal/, $_->name . ': no process crashed') for $one, $two;
 $one->stop;
 mirror('unload');

@@ -168,7 +168,6 @@ TEST_P(EverySource, DeadThreadIsSeenAndItsSlotRecycled) {
             alive = !dead(handle);
             for (const SchedHandle& before : handles) EXPECT_TRUE(dead(before));
         }).join();
-        if (handle.slot == 0 && strstr(error.text, "6.9") != nullptr) GTEST_SKIP() << error.text;
         ASSERT_EQ(handle.slot, 1u) << error.text;
         EXPECT_TRUE(alive);
         // join() may return a little before the kernel has taken the thread down for all to see.
@@ -213,7 +212,7 @@ TEST_P(EverySource, ExecAndForkAreNoInheritance) {
 // is dead; nothing crashes.
 TEST_P(EverySource, ComingAndGoing) {
     std::atomic<uint64_t> told[64] = {};
-    std::atomic<bool> stop{false}, too_old{false};
+    std::atomic<bool> stop{false};
     std::atomic<uint64_t> attached{0}, taken_for_dead{0}, resurrected{0}, reads{0};
     auto churn = [&](unsigned seed) {
         std::mt19937 random(seed);
@@ -222,10 +221,7 @@ TEST_P(EverySource, ComingAndGoing) {
             std::thread([&] {
                 SchedStateTask task;
                 Error error;
-                if (!attach(task, error)) {
-                    too_old = too_old || strstr(error.text, "6.9") != nullptr;
-                    return;
-                }
+                if (!attach(task, error)) return;
                 handle = task.handle().slot | static_cast<uint64_t>(task.handle().generation) << 32;
                 told[random() % 64] = handle;
                 attached++;
@@ -250,7 +246,6 @@ TEST_P(EverySource, ComingAndGoing) {
     stop = true;
     for (std::thread& competitor : competitors) competitor.join();
     reader.join();
-    if (too_old) GTEST_SKIP() << "single threads cannot be registered before Linux 6.9";
     EXPECT_GT(attached.load(), 5u);
     EXPECT_GT(reads.load(), 100u);
     EXPECT_EQ(taken_for_dead.load(), 0u);
@@ -260,15 +255,12 @@ TEST_P(EverySource, ComingAndGoing) {
 // Several at once at the one slot, without pause: whoever gets it keeps it.
 TEST_P(EverySource, CompetitorsSpoilNothing) {
     std::atomic<uint64_t> attached{0}, taken_for_dead{0}, resurrected{0};
-    std::atomic<bool> stop{false}, too_old{false};
+    std::atomic<bool> stop{false};
     auto compete = [&] {
         SchedStateTask task;
         Error error;
         while (!stop) {
-            if (!attach(task, error)) {
-                too_old = too_old || strstr(error.text, "6.9") != nullptr;
-                continue;
-            }
+            if (!attach(task, error)) continue;
             attached++;
             for (int i = 0; i < 100; i++) taken_for_dead += dead(task.handle());
             const SchedHandle before = task.handle();
@@ -281,7 +273,6 @@ TEST_P(EverySource, CompetitorsSpoilNothing) {
     usleep(700000);
     stop = true;
     for (std::thread& thread : threads) thread.join();
-    if (too_old) GTEST_SKIP() << "single threads cannot be registered before Linux 6.9";
     EXPECT_GT(attached.load(), 10u);
     EXPECT_EQ(taken_for_dead.load(), 0u) << "of " << attached;
     EXPECT_EQ(resurrected.load(), 0u) << "of " << attached;

@@ -32,7 +32,7 @@ bool Mirror::open_bpf(const char* dir, Error* error) noexcept {
     if (!bpf::open_maps(dir, &maps, error)) return false;
     slots_ = maps.slot_array;
     claims_ = maps.claim_array;
-    tasks_fd_ = maps.tasks_fd;
+    register_fd_ = maps.register_fd;
     id_ = maps.id;
     limit_ = maps.slots;
     source_ = Source::bpf;
@@ -63,7 +63,7 @@ bool Mirror::open_rseq(void* mem, Error* error, const void* words, size_t words_
 }
 
 void Mirror::close() noexcept {
-    if (source_ == Source::bpf) bpf::close_maps({limit_, id_, slots_, claims_, tasks_fd_});
+    if (source_ == Source::bpf) bpf::close_maps({limit_, id_, slots_, claims_, register_fd_});
     *this = Mirror();
 }
 

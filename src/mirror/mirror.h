@@ -112,7 +112,7 @@ class Mirror {
 
     const sched_slot* slots_ = nullptr;  // bpf
     sched_claim* claims_ = nullptr;
-    int tasks_fd_ = -1;
+    int register_fd_ = -1;
     uint32_t id_ = 0;
 
     RseqSlot* rseq_slots_ = nullptr;  // rseq
@@ -186,7 +186,7 @@ class MirrorTask {
     uint32_t unmoved_sleeps_ = 0;
     uint32_t failed_tries_ = 0;  // to claim a slot
     int64_t unmoved_since_ = 0;  // this task's own count of its switches, when they were first asked for
-    int tasks_fd_ = -1;
+    int register_fd_ = -1;
 
     RseqSlot* rseq_mine_ = nullptr;  // rseq
     RseqCpu* rseq_cpus_ = nullptr;

@@ -129,11 +129,9 @@ bool MirrorTask::attach(Mirror& mirror, Error* error) noexcept {
 
     sched_claim* claim = &mirror.claims_[slot];
     const sched_slot* mine = &mirror.slots_[slot];
-    const int problem = bpf::set_registration(mirror.tasks_fd_, {slot, generation});
+    const int problem = bpf::set_registration(mirror.register_fd_, {slot, generation});
     if (problem != 0) {
         replace(*claim, {tid, generation}, {0, generation + 1});
-        if (problem == EINVAL && gettid() != getpid())
-            return fail(error, "this kernel cannot register a single thread: Linux 6.9 or later is needed");
         return fail(error, "the kernel does not register this task with the mirror: %s", strerror(problem));
     }
 
@@ -146,7 +144,7 @@ bool MirrorTask::attach(Mirror& mirror, Error* error) noexcept {
     count_ = reinterpret_cast<const uint64_t*>(&mine->switches);
     claim_ = claim;
     header_ = mirror.header();
-    tasks_fd_ = mirror.tasks_fd_;
+    register_fd_ = mirror.register_fd_;
     // The kernel has not seen this task switch yet: until then the claim alone says that it runs.
     seen_ = slept_at_ = attached_at_ = __atomic_load_n(&mine->switches, __ATOMIC_RELAXED);
     __atomic_store_n(&claim->seen_switches, seen_, __ATOMIC_RELAXED);
@@ -175,7 +173,8 @@ bool MirrorTask::registered() const noexcept {
 
 bool MirrorTask::set_notes(bool on, Error* error) noexcept {
     if (source_ != Source::bpf) return fail(error, "this task is not registered with a bpf mirror");
-    const int problem = bpf::set_registration(tasks_fd_, {slot_ | (on ? SCHED_HAS_NOTES : 0), generation_});
+    const int problem =
+        bpf::set_registration(register_fd_, {slot_ | (on ? SCHED_HAS_NOTES : 0), generation_});
     return problem == 0 ||
            fail(error, "the kernel does not change this task's registration: %s", strerror(problem));
 }
@@ -251,7 +250,7 @@ void MirrorTask::enter_rseq(Mirror& mirror, SlotId slot, uint32_t generation,
 
 void MirrorTask::detach() noexcept {
     if (source_ == Source::bpf) {
-        bpf::delete_registration(tasks_fd_);
+        bpf::set_registration(register_fd_, {0, 0});
         if (__atomic_load_n(&claim_->generation, __ATOMIC_RELAXED) == generation_) {
             __atomic_store_n(&claim_->seen_switches, SCHED_NEVER_SEEN, __ATOMIC_RELAXED);
             // The generation moves on in the same store: whoever remembers this task by slot and generation never

@@ -11,7 +11,7 @@
 #include <linux/types.h>
 
 #define SCHED_MIRROR_MAGIC 0x7363684dU /* "Mhcs" */
-#define SCHED_MIRROR_VERSION 1U        /* of this layout */
+#define SCHED_MIRROR_VERSION 2U        /* of this layout, and of what is pinned */
 #define SCHED_MIRROR_MAX_SLOTS 65535U  /* a slot number fits 16 bits */
 #define SCHED_NEVER_SEEN (~0ULL)       /* claim.seen_switches: no switch count equals this one */
 
@@ -71,10 +71,10 @@ struct sched_notes {
     struct sched_note note[SCHED_NOTES];
 };
 
-/* What a task's registration (kernel task storage) says. */
+/* What a task's registration says, in the kernel's task storage and to the program that makes it. */
 #define SCHED_HAS_NOTES 0x80000000U /* in slot, beside the number */
 
 struct sched_registration {
-    __u32 slot;
+    __u32 slot; /* 0: none */
     __u32 generation;
-};
+} __attribute__((aligned(8))); /* written as one word */

@@ -18,6 +18,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <stdexcept>
 
 #include "mirror/mirror.h"
@@ -27,8 +28,8 @@ namespace adaptive::loader {
 namespace {
 
 constexpr const char* kBpfFs = "/sys/fs/bpf";
-constexpr const char* kPins[] = {"sched_switch", "process_exit", "deactivate", "slots",
-                                 "claims",       "notes",        "tasks"};
+constexpr const char* kPins[] = {"sched_switch", "process_exit", "deactivate", "register",
+                                 "slots",        "claims",       "notes"};
 
 bool verbose = false;
 
@@ -63,10 +64,21 @@ struct Pinned {
     Found what = Found::nothing;
     uint32_t version = 0, slots = 0;  // slots: elements of the arrays
     gid_t group = 0;
+    const char* frozen =
+        nullptr;  // of a mirror's arrays that all who take part must write, one that nobody can
 };
 
 std::string path(const std::string& dir, const char* name) {
     return dir + "/" + name;
+}
+
+// Those who may open a map can freeze it while nobody has it mapped. The kernel tells that of a descriptor.
+bool is_frozen(const std::string& file) {
+    const Descriptor map(bpf_obj_get(file.c_str()));
+    std::ifstream lines("/proc/self/fdinfo/" + std::to_string(map.fd));
+    for (std::string name, value; lines >> name >> value;)
+        if (name == "frozen:") return value != "0";
+    return false;
 }
 
 Pinned inspect(const std::string& dir) {
@@ -101,7 +113,9 @@ Pinned inspect(const std::string& dir) {
     if (stat(path(dir, "slots").c_str(), &file) == 0) pinned.group = file.st_gid;
     bool whole = header.active != 0;
     for (const char* name : kPins) whole = whole && access(path(dir, name).c_str(), F_OK) == 0;
-    if (whole) pinned.what = Found::mirror;
+    for (const char* name : {"claims", "notes"})
+        if (whole && pinned.frozen == nullptr && is_frozen(path(dir, name))) pinned.frozen = name;
+    if (whole && pinned.frozen == nullptr) pinned.what = Found::mirror;
     return pinned;
 }
 
@@ -214,6 +228,11 @@ void pin_map(bpf_map* map, const std::string& file, gid_t group, mode_t mode) {
     give(file, group, mode);
 }
 
+void pin_program(bpf_program* program, const std::string& file, gid_t group, mode_t mode) {
+    if (bpf_program__pin(program, file.c_str()) != 0) refuse("cannot pin " + file + ": " + reason());
+    give(file, group, mode);
+}
+
 // The pinned attachment outlives this process; the program runs from here on.
 void attach(bpf_program* program, const std::string& file) {
     bpf_link* link = bpf_program__attach(program);
@@ -259,10 +278,8 @@ void load_and_pin(const std::string& dir, uint32_t slots, gid_t group) {
     pin_map(bpf->maps.slots, path(dir, "slots"), group, 0660);
     pin_map(bpf->maps.claims, path(dir, "claims"), group, 0660);
     pin_map(bpf->maps.notes, path(dir, "notes"), group, 0660);
-    pin_map(bpf->maps.tasks, path(dir, "tasks"), group, 0660);
-    const std::string off = path(dir, "deactivate");
-    if (bpf_program__pin(bpf->progs.deactivate, off.c_str()) != 0)
-        refuse("cannot pin " + off + ": " + reason());
+    pin_program(bpf->progs.set_registration, path(dir, "register"), group, 0660);
+    pin_program(bpf->progs.deactivate, path(dir, "deactivate"), 0, 0600);
     attach(bpf->progs.on_process_exit, path(dir, "process_exit"));
     attach(bpf->progs.on_sched_switch, path(dir, "sched_switch"));
     give(dir, group, 0750);
@@ -329,7 +346,7 @@ void set_verbose() {
 
 int load(const std::string& dir, const LoadOptions& options) {
     libbpf_set_print(talk);
-    const gid_t group = group_id(options.group.value_or(kDefaultGroup));
+    gid_t group = group_id(options.group.value_or(kDefaultGroup));
     if (access("/sys/kernel/btf/vmlinux", R_OK) != 0)
         refuse(
             "the kernel has no type information (/sys/kernel/btf/vmlinux): one built with "
@@ -341,7 +358,12 @@ int load(const std::string& dir, const LoadOptions& options) {
     const Pinned pinned = inspect(dir);
     if (loaded_already(dir, pinned, options)) return kDone;
     remove_all(dir);  // what an interrupted load or unload left
-    const uint32_t slots = options.slots.value_or(kDefaultSlots);
+    uint32_t slots = options.slots.value_or(kDefaultSlots);
+    if (pinned.frozen != nullptr) {
+        printf("schedmirror: removed the mirror at %s, whose %s were frozen\n", dir.c_str(), pinned.frozen);
+        slots = options.slots.value_or(pinned.slots - 1);
+        if (!options.group) group = pinned.group;
+    }
     try {
         load_and_pin(dir, slots + 1, group);
     } catch (...) {
@@ -379,6 +401,13 @@ int status(const std::string& dir) {
     if (pinned.what == Found::other_version) {
         printf("layout version %u loaded at %s; this command has %u\n", pinned.version, dir.c_str(),
                SCHED_MIRROR_VERSION);
+        return kNotLoaded;
+    }
+    if (pinned.frozen != nullptr) {
+        printf(
+            "not usable: %s is frozen, as members of the group can do: `schedmirror load` replaces the "
+            "mirror\n",
+            path(dir, pinned.frozen).c_str());
         return kNotLoaded;
     }
     if (pinned.what != Found::mirror) {

@@ -4,7 +4,7 @@
 //   DIR/slots   root:GROUP 0660   the mirror, see mirror/sched_slot.h; frozen: no process can write it
 //   DIR/claims  root:GROUP 0660   its second, writable array
 //   DIR/notes   root:GROUP 0660   its third: what the kernel writes when a task leaves its CPU
-//   DIR/tasks   root:GROUP 0660   task storage: who has which slot
+//   DIR/register   root:GROUP 0660   the program by which a task registers itself
 //   DIR/sched_switch, DIR/process_exit   root 0600   the programs' attachments
 //   DIR/deactivate   root 0600   the program that unload runs
 //

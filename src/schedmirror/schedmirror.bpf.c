@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-2-Clause
 /* Keeps the mirror true: writes, at every context switch, whether registered tasks are on a CPU.
  *
- * A task registers itself in its own task storage (`tasks`: slot and generation), so that the registration
- * dies with the task and a recycled task id can never be mistaken for it. Everything user space says here is
- * untrusted: a slot number is bounds-checked, slot 0 (the header) is refused, and of several tasks that name
- * one slot the newest generation wins. A note can only go to the words of its own slot, whatever it says.
+ * A task registers in its own task storage (`tasks`: slot and generation), so that the registration dies with the task
+ * and a recycled task id can never be mistaken for it. It does so by running a program (set_registration), which knows
+ * who calls: nobody registers another, or takes its registration away. Everything else that user space says here is
+ * untrusted: a slot number is bounds-checked, slot 0 (the header) is refused, and of several tasks that name one slot
+ * the newest generation wins. A note can only go to the words of its own slot, whatever it says.
  */
 #include <linux/bpf.h>
 
@@ -28,6 +29,7 @@ struct task_struct {
     struct bpf_local_storage* bpf_storage;
 } __attribute__((preserve_access_index));
 
+#define ENOMEM 12
 #define TASK_RUNNING 0
 #define TASK_DEAD 0x80 /* stable since 4.14 */
 
@@ -163,6 +165,22 @@ int BPF_PROG(on_process_exit, struct task_struct* task) {
     *(volatile __u64*)&slot->switches = slot->switches + 1;
     /* Last, with a full barrier: tid = 0 and the new generation in one (little-endian) store. */
     __sync_lock_test_and_set((__u64*)claim, (__u64)next << 32);
+    return 0;
+}
+
+/* Run by every task that takes part, for itself. The map of registrations is not pinned, so there is no other way to it,
+ * nor one to freeze it. */
+SEC("syscall")
+int set_registration(struct sched_registration* wanted) {
+    struct task_struct* me = bpf_get_current_task_btf();
+    if (wanted->slot == 0) {
+        bpf_task_storage_delete(&tasks, me);
+        return 0;
+    }
+    struct sched_registration* mine = bpf_task_storage_get(&tasks, me, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+    if (!mine) return ENOMEM;
+    /* In one (little-endian) store. */
+    *(volatile __u64*)mine = (__u64)wanted->generation << 32 | wanted->slot;
     return 0;
 }
 

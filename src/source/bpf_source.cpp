@@ -14,8 +14,6 @@
 namespace adaptive::bpf {
 namespace {
 
-constexpr unsigned kPidfdThread = O_EXCL;  // PIDFD_THREAD, Linux 6.9
-
 // All bytes zero, as the kernel demands of the unused ones: `= {}` would promise that of a union's first
 // member only.
 bpf_attr zeroed() noexcept {
@@ -58,20 +56,24 @@ int open_pinned(const char* dir, const char* name, Error* error) noexcept {
     return -1;
 }
 
-// The kernel's own description of a map; all zero for what is none. (A program's begins with its type too,
-// but has no such sizes.)
-bpf_map_info describe(int fd) noexcept {
-    bpf_map_info info = {};
+// The kernel's own description of a map or a program. A program's begins with its type too.
+bool describe(int fd, void* info, size_t size) noexcept {
     bpf_attr attr = zeroed();
     attr.info.bpf_fd = static_cast<uint32_t>(fd);
-    attr.info.info_len = sizeof(info);
-    attr.info.info = address(&info);
-    if (call(BPF_OBJ_GET_INFO_BY_FD, &attr) != 0) return {};
+    attr.info.info_len = static_cast<uint32_t>(size);
+    attr.info.info = address(info);
+    return call(BPF_OBJ_GET_INFO_BY_FD, &attr) == 0;
+}
+
+bpf_map_info describe_map(int fd) noexcept {
+    bpf_map_info info = {};
+    if (!describe(fd, &info, sizeof(info))) return {};
     return info;
 }
 
-// Maps an array whose shape is as expected. Null: not our layout.
+// Maps an array whose shape is as expected. Null: not our layout, or with errno EPERM, frozen.
 void* map_array(int fd, const bpf_map_info& info, size_t element, int protection) noexcept {
+    errno = 0;
     if (info.type != BPF_MAP_TYPE_ARRAY || info.value_size != element) return nullptr;
     if (info.max_entries < 2 || info.max_entries > SCHED_MIRROR_MAX_SLOTS) return nullptr;
     // Newer kernels map an array's pages when they are touched: not while somebody spins.
@@ -79,10 +81,19 @@ void* map_array(int fd, const bpf_map_info& info, size_t element, int protection
     return memory == MAP_FAILED ? nullptr : memory;
 }
 
-// What a registration is written to must not be larger: the kernel would read behind it.
-bool is_task_storage(const bpf_map_info& info) noexcept {
-    return info.type == BPF_MAP_TYPE_TASK_STORAGE && info.key_size == sizeof(int) &&
-           info.value_size == sizeof(sched_registration);
+// The kernel runs what it is given: it must be the one that registers.
+bool is_registering_program(int fd) noexcept {
+    bpf_prog_info info = {};
+    return describe(fd, &info, sizeof(info)) && info.type == BPF_PROG_TYPE_SYSCALL &&
+           strncmp(info.name, "set_registration", sizeof(info.name) - 1) == 0;
+}
+
+// A map that nobody has mapped can be frozen by all who may open it, and stays so.
+bool fail_frozen(Error* error, const char* dir, const char* name) noexcept {
+    return fail(
+        error,
+        "%s/%s is frozen, as members of its group can do: run `schedmirror load` as root, which replaces it",
+        dir, name);
 }
 
 // Keeps a half-built Maps from leaking.
@@ -97,31 +108,27 @@ struct Opening {
     }
 };
 
-// A pidfd of the calling task, or -1.
-int pidfd_of_self() noexcept {
-    const pid_t tid = gettid();
-    return static_cast<int>(syscall(SYS_pidfd_open, tid, tid == getpid() ? 0U : kPidfdThread));
-}
-
 }  // namespace
 
 bool open_maps(const char* dir, Maps* maps, Error* error) noexcept {
     Opening o;
     if ((o.slots_fd = open_pinned(dir, "slots", error)) < 0) return false;
     if ((o.claims_fd = open_pinned(dir, "claims", error)) < 0) return false;
-    if ((o.maps.tasks_fd = open_pinned(dir, "tasks", error)) < 0) return false;
+    if ((o.maps.register_fd = open_pinned(dir, "register", error)) < 0) return false;
 
-    const bpf_map_info slots = describe(o.slots_fd), claims = describe(o.claims_fd);
+    const bpf_map_info slots = describe_map(o.slots_fd), claims = describe_map(o.claims_fd);
     o.maps.slots = slots.max_entries;
     o.maps.id = slots.id;
     void* slot_array = map_array(o.slots_fd, slots, sizeof(sched_slot), PROT_READ);
     o.maps.slot_array = static_cast<const sched_slot*>(slot_array);
+    errno = 0;
     if (slots.max_entries == claims.max_entries)
         o.maps.claim_array = static_cast<sched_claim*>(
             map_array(o.claims_fd, claims, sizeof(sched_claim), PROT_READ | PROT_WRITE));
+    if (o.maps.claim_array == nullptr && errno == EPERM) return fail_frozen(error, dir, "claims");
     const auto* header = static_cast<const sched_header*>(slot_array);
     if (header == nullptr || o.maps.claim_array == nullptr || header->magic != SCHED_MIRROR_MAGIC ||
-        !is_task_storage(describe(o.maps.tasks_fd)))
+        !is_registering_program(o.maps.register_fd))
         return fail(error,
                     "%s holds no mirror of a known layout: reload it with this version's `schedmirror`", dir);
     if (header->version != SCHED_MIRROR_VERSION)
@@ -141,17 +148,20 @@ void close_maps(const Maps& maps) noexcept {
     if (maps.slot_array != nullptr)
         munmap(const_cast<sched_slot*>(maps.slot_array), maps.slots * sizeof(sched_slot));
     if (maps.claim_array != nullptr) munmap(maps.claim_array, maps.slots * sizeof(sched_claim));
-    if (maps.tasks_fd >= 0) close(maps.tasks_fd);
+    if (maps.register_fd >= 0) close(maps.register_fd);
 }
 
 sched_notes* open_notes(const char* dir, uint32_t slots, uint32_t id, Error* error) noexcept {
     const int notes_fd = open_pinned(dir, "notes", error), slots_fd = open_pinned(dir, "slots", error);
     void* notes = nullptr;
     if (notes_fd >= 0 && slots_fd >= 0) {
-        const bpf_map_info info = describe(notes_fd);
-        if (info.max_entries == slots && describe(slots_fd).id == id)
+        const bpf_map_info info = describe_map(notes_fd);
+        errno = 0;
+        if (info.max_entries == slots && describe_map(slots_fd).id == id)
             notes = map_array(notes_fd, info, sizeof(sched_notes), PROT_READ | PROT_WRITE);
-        if (notes == nullptr)
+        if (notes == nullptr && errno == EPERM)
+            fail_frozen(error, dir, "notes");
+        else if (notes == nullptr)
             fail(error, "%s holds no notes, or not those of the mirror that is open: open it again", dir);
     }
     if (notes_fd >= 0) close(notes_fd);
@@ -163,26 +173,12 @@ void close_notes(sched_notes* notes, uint32_t slots) noexcept {
     if (notes != nullptr) munmap(notes, slots * sizeof(sched_notes));
 }
 
-int set_registration(int tasks_fd, const sched_registration& registration) noexcept {
-    const int pidfd = pidfd_of_self();
-    if (pidfd < 0) return errno;
+int set_registration(int register_fd, sched_registration registration) noexcept {
     bpf_attr attr = zeroed();
-    attr.map_fd = static_cast<uint32_t>(tasks_fd);
-    attr.key = address(&pidfd);
-    attr.value = address(&registration);
-    const int result = call(BPF_MAP_UPDATE_ELEM, &attr) == 0 ? 0 : errno;
-    close(pidfd);
-    return result;
-}
-
-void delete_registration(int tasks_fd) noexcept {
-    const int pidfd = pidfd_of_self();
-    if (pidfd < 0) return;
-    bpf_attr attr = zeroed();
-    attr.map_fd = static_cast<uint32_t>(tasks_fd);
-    attr.key = address(&pidfd);
-    call(BPF_MAP_DELETE_ELEM, &attr);
-    close(pidfd);
+    attr.test.prog_fd = static_cast<uint32_t>(register_fd);
+    attr.test.ctx_in = address(&registration);
+    attr.test.ctx_size_in = sizeof(registration);
+    return call(BPF_PROG_TEST_RUN, &attr) == 0 ? static_cast<int>(attr.test.retval) : errno;
 }
 
 }  // namespace adaptive::bpf

@@ -17,7 +17,7 @@ struct Maps {
     uint32_t id;     // the kernel's, of the array of slots
     const sched_slot* slot_array;
     sched_claim* claim_array;
-    int tasks_fd;
+    int register_fd;  // the program that registers who runs it
 };
 
 bool open_maps(const char* dir, Maps* maps, Error* error) noexcept;
@@ -28,8 +28,7 @@ void close_maps(const Maps& maps) noexcept;
 sched_notes* open_notes(const char* dir, uint32_t slots, uint32_t id, Error* error) noexcept;
 void close_notes(sched_notes* notes, uint32_t slots) noexcept;
 
-// The calling task's registration in the task storage. set: 0 or errno.
-int set_registration(int tasks_fd, const sched_registration& registration) noexcept;
-void delete_registration(int tasks_fd) noexcept;
+// Registers the calling task, of whatever process, or with slot 0 takes its registration away. 0 or errno.
+int set_registration(int register_fd, sched_registration registration) noexcept;
 
 }  // namespace adaptive::bpf

@@ -11,7 +11,7 @@ use POSIX ();
 our @EXPORT = qw(
   as_root_do as_other_do start_doing stop_doing
   bpf_open bpf_pin bpf_create_array bpf_create_hash bpf_update bpf_update_all bpf_freeze bpf_info
-  bpf_by_id bpf_program_of_link bpf_attach_again bpf_register bpf_delete_registration
+  bpf_by_id bpf_program_of_link bpf_attach_again bpf_register
   $MIRROR_DIR $BPF_F_MMAPABLE mirror_header random_bytes
 );
 
@@ -105,7 +105,7 @@ sub stop_doing
 
 my %bpf_number = (x86_64 => 321, aarch64 => 280);
 my %command = (
-	map_create => 0, map_update => 2, map_delete => 3, obj_pin => 6, obj_get => 7, prog_by_id => 13, obj_info => 15,
+	map_create => 0, map_update => 2, obj_pin => 6, obj_get => 7, prog_run => 10, prog_by_id => 13, map_by_id => 14, obj_info => 15,
 	raw_tracepoint_open => 17, map_freeze => 22, map_update_batch => 26, link_by_id => 30
 );
 
@@ -163,7 +163,7 @@ sub bpf_info
 	return unpack('L6', $info);
 }
 
-# A descriptor of the `prog` or `link` of that number.
+# A descriptor of the `prog`, `map` or `link` of that number.
 sub bpf_by_id { my ($kind, $id) = @_; return must("$kind $id", bpf("${kind}_by_id", pack('L', $id))); }
 
 # The program that a pinned attachment runs, and one more attachment of it: a descriptor that holds it.
@@ -175,34 +175,20 @@ sub bpf_attach_again
 	return must('attach', bpf('raw_tracepoint_open', pack('QL', 0, $program)));
 }
 
-# Registers a process in the task storage for a slot, and takes it off.
-sub on_task
-{
-	my ($command, $tasks, $pid, $what) = @_;
-	my $pidfd = must("pidfd of $pid", syscall(434, 0 + $pid, 0));
-	my $key = pack('L', $pidfd);
-	my $result = bpf($command, pack('LLP', $tasks, 0, $key) . $what);
-	my $problem = $!;
-	POSIX::close($pidfd);
-	$! = $problem;
-	return must($command, $result);
-}
-
+# Registers this process for a slot; slot 0 takes its registration away.
 sub bpf_register
 {
-	my ($tasks, $pid, $slot, $generation) = @_;
+	my ($program, $slot, $generation) = @_;
 	my $registration = pack('LL', $slot, $generation);
-	return on_task('map_update', $tasks, $pid, pack('P', $registration));
+	return must('register', bpf('prog_run', pack('L4Q2L4P', $program, 0, 0, 0, 0, 0, 0, 0, length $registration, 0, $registration)));
 }
-
-sub bpf_delete_registration { my ($tasks, $pid) = @_; return on_task('map_delete', $tasks, $pid, ''); }
 
 # ---- the mirror's layout (src/mirror/sched_slot.h) ----
 
 sub mirror_header
 {
 	my (%fields) = @_;
-	return pack('L4x48', $fields{magic} // 0x7363684d, $fields{version} // 1, $fields{slots}, $fields{active} // 1);
+	return pack('L4x48', $fields{magic} // 0x7363684d, $fields{version} // 2, $fields{slots}, $fields{active} // 1);
 }
 
 sub random_bytes
