@@ -1,14 +1,10 @@
-/* The SQL functions behind sql/adaptive_lwlock--1.0.sql. */
+/* The SQL functions behind sql/adaptive_lwlock--*.sql. */
 
 #include "backend_mirror.h"
 #include "module.h"
 #include "server/server.h"
 #include "settings.h"
 #include "stats.h"
-
-extern "C" {
-#include "storage/procarray.h"
-}
 
 using namespace adaptive;
 
@@ -17,6 +13,7 @@ PG_FUNCTION_INFO_V1(adaptive_lwlock_status);
 PG_FUNCTION_INFO_V1(adaptive_lwlock_backends);
 PG_FUNCTION_INFO_V1(pg_stat_adaptive_lwlock);
 PG_FUNCTION_INFO_V1(pg_stat_adaptive_lwlock_reset);
+PG_FUNCTION_INFO_V1(pg_stat_adaptive_lwlock_reset_time);
 }
 
 namespace {
@@ -105,6 +102,12 @@ Datum pg_stat_adaptive_lwlock_reset(PG_FUNCTION_ARGS) {
     PG_RETURN_VOID();
 }
 
+Datum pg_stat_adaptive_lwlock_reset_time(PG_FUNCTION_ARGS) {
+    (void)fcinfo;
+    require_preload();
+    PG_RETURN_TIMESTAMPTZ(stats::reset_time());
+}
+
 Datum adaptive_lwlock_backends(PG_FUNCTION_ARGS) {
     require_preload();
     InitMaterializedSRF(fcinfo, 0);
@@ -112,9 +115,9 @@ Datum adaptive_lwlock_backends(PG_FUNCTION_ARGS) {
 
     for (uint32 i = 0; i < ProcGlobal->allProcCount; i++) {
         PGPROC* proc = &ProcGlobal->allProcs[i];
-        const int pid = proc->pid;
-        // Prepared transactions have none, and processes that have ended leave theirs behind.
-        if (pid == 0 || (BackendPidGetProc(pid) != proc && AuxiliaryPidGetProc(pid) != proc)) continue;
+        // Whoever has this PGPROC owns its latch, and gives it up at its end; the process id may stay behind.
+        const int pid = proc->procLatch.owner_pid;
+        if (pid == 0) continue;
         const backend_mirror::BackendSlot backend = backend_mirror::of_backend(static_cast<int>(i));
 
         Row<5> row;

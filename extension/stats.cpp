@@ -19,7 +19,11 @@ struct Table {
 };
 static_assert(sizeof(Table) % 64 == 0);
 
-// Shared memory: what the totals were at the last reset, and a table per lane behind it.
+// Shared memory: when the last reset was, what the totals were then, and a table per lane behind it.
+struct alignas(64) Moment {
+    std::atomic<TimestampTz> time;
+};
+Moment* last_reset = nullptr;
 Table* at_reset = nullptr;
 
 // More CPUs than this count in the common lane: a table is 16 kB.
@@ -42,13 +46,16 @@ size_t offset(int tranche, int event) {
 }  // namespace
 
 size_t shmem_bytes() {
-    return sizeof(Table) + PerCpu::bytes(sizeof(Table), cpus());
+    return sizeof(Moment) + sizeof(Table) + PerCpu::bytes(sizeof(Table), cpus());
 }
 
 void shmem_startup() {
     bool found;
-    at_reset = static_cast<Table*>(ShmemInitStruct("adaptive_lwlock statistics", shmem_bytes(), &found));
-    if (!found) std::fill_n(reinterpret_cast<char*>(at_reset), shmem_bytes(), 0);
+    last_reset = static_cast<Moment*>(ShmemInitStruct("adaptive_lwlock statistics", shmem_bytes(), &found));
+    at_reset = reinterpret_cast<Table*>(last_reset + 1);
+    if (found) return;
+    std::fill_n(reinterpret_cast<char*>(last_reset), shmem_bytes(), 0);
+    last_reset->time = GetCurrentTimestamp();
 }
 
 void count(uint16_t tranche, LockEvent event, uint64_t n) {
@@ -69,6 +76,11 @@ void reset() {
     for (int t = 0; t < kTranches; t++)
         for (int e = 0; e < kEvents; e++)
             at_reset->tranche[t].of[e].store(tables().sum(offset(t, e)), std::memory_order_relaxed);
+    last_reset->time = GetCurrentTimestamp();
+}
+
+TimestampTz reset_time() {
+    return last_reset->time;
 }
 
 }  // namespace adaptive::stats

@@ -9,6 +9,10 @@
 #include "lock/adaptive_lock.h"
 #include "server/server.h"
 
+extern "C" {
+#include "utils/timestamp.h"
+}
+
 namespace adaptive::stats {
 
 /// Totals of one tranche, indexed by LockEvent.
@@ -30,5 +34,6 @@ void count(uint16_t tranche, LockEvent event, uint64_t n);
 
 Totals totals(int tranche);
 void reset();
+TimestampTz reset_time();  ///< when shared memory was set up, or the last reset
 
 }  // namespace adaptive::stats

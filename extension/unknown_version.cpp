@@ -22,6 +22,7 @@ PG_FUNCTION_INFO_V1(adaptive_lwlock_status);
 PG_FUNCTION_INFO_V1(adaptive_lwlock_backends);
 PG_FUNCTION_INFO_V1(pg_stat_adaptive_lwlock);
 PG_FUNCTION_INFO_V1(pg_stat_adaptive_lwlock_reset);
+PG_FUNCTION_INFO_V1(pg_stat_adaptive_lwlock_reset_time);
 }
 
 #include "settings.h"
@@ -83,4 +84,10 @@ Datum pg_stat_adaptive_lwlock_reset(PG_FUNCTION_ARGS) {
     (void)fcinfo;
     require_preload();
     PG_RETURN_VOID();
+}
+
+Datum pg_stat_adaptive_lwlock_reset_time(PG_FUNCTION_ARGS) {
+    (void)fcinfo;
+    require_preload();
+    PG_RETURN_NULL();
 }

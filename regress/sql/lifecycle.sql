@@ -7,6 +7,15 @@ CREATE EXTENSION adaptive_lwlock VERSION '1.0';
 SELECT extversion, extrelocatable FROM pg_extension WHERE extname = 'adaptive_lwlock';
 CREATE EXTENSION adaptive_lwlock;
 
+-- An older version works with this module, and what others made of its views survives the update.
+SELECT count(*) >= 0 AS readable FROM pg_stat_adaptive_lwlock;
+SELECT count(*) > 0 AS readable FROM adaptive_lwlock_backends;
+CREATE VIEW of_others AS SELECT tranche, sleeps FROM pg_stat_adaptive_lwlock;
+ALTER EXTENSION adaptive_lwlock UPDATE;
+SELECT extversion FROM pg_extension WHERE extname = 'adaptive_lwlock';
+SELECT count(*) >= 0 AS readable FROM of_others;
+DROP VIEW of_others;
+
 -- It moves between schemas.
 CREATE SCHEMA elsewhere;
 ALTER EXTENSION adaptive_lwlock SET SCHEMA elsewhere;

@@ -2,7 +2,9 @@
 \set VERBOSITY sqlstate
 CREATE ROLE regress_adaptive_user;
 CREATE ROLE regress_adaptive_monitor;
+CREATE ROLE regress_adaptive_stats;
 GRANT pg_monitor TO regress_adaptive_monitor;
+GRANT pg_read_all_stats TO regress_adaptive_stats;
 
 -- Anybody: nothing.
 SET ROLE regress_adaptive_user;
@@ -12,8 +14,15 @@ SELECT count(*) FROM adaptive_lwlock_backends;
 SELECT count(*) FROM pg_stat_adaptive_lwlock();
 SELECT count(*) FROM adaptive_lwlock_backends();
 SELECT pg_stat_adaptive_lwlock_reset();
+SELECT pg_stat_adaptive_lwlock_reset_time();
 
--- pg_monitor: everything but the reset.
+-- Who reads all statistics, pg_monitor among them: everything but the reset.
+SET ROLE regress_adaptive_stats;
+SELECT count(*) FROM adaptive_lwlock_status();
+SELECT count(*) >= 0 AS readable, min(stats_reset) <= now() IS NOT FALSE AS since FROM pg_stat_adaptive_lwlock;
+SELECT count(*) > 0 AS readable FROM adaptive_lwlock_backends;
+SELECT pg_stat_adaptive_lwlock_reset_time() <= now() AS since;
+SELECT pg_stat_adaptive_lwlock_reset();
 SET ROLE regress_adaptive_monitor;
 SELECT count(*) FROM adaptive_lwlock_status();
 SELECT count(*) >= 0 AS readable FROM pg_stat_adaptive_lwlock;
@@ -103,4 +112,4 @@ RESET ROLE;
 \c :here
 DROP DATABASE regression_adaptive_db;
 DROP SCHEMA regress_adaptive_trap CASCADE;
-DROP ROLE regress_adaptive_user, regress_adaptive_monitor;
+DROP ROLE regress_adaptive_user, regress_adaptive_monitor, regress_adaptive_stats;

@@ -24,5 +24,9 @@ WHERE state NOT IN ('on_cpu', 'preempted', 'blocked', 'dead', 'unknown');
 SELECT count(*) AS negative FROM pg_stat_adaptive_lwlock
 WHERE least(contended, spin_acquired, owner_off_cpu, budget_spent, sleeps, wakeups_sent, wakeups_spared) < 0 OR spin_time < 0;
 SELECT count(*) AS twice FROM (SELECT tranche FROM pg_stat_adaptive_lwlock GROUP BY tranche HAVING count(*) > 1) twice;
+SELECT pg_stat_adaptive_lwlock_reset_time() AS time_before \gset
 SELECT pg_stat_adaptive_lwlock_reset();
 SELECT count(*) AS left_over FROM pg_stat_adaptive_lwlock WHERE contended > 1000;
+SELECT reset_time > :'time_before' AND reset_time BETWEEN now() - interval '1 min' AND now() AS later
+FROM pg_stat_adaptive_lwlock_reset_time() reset_time;
+SELECT count(*) AS other_times FROM pg_stat_adaptive_lwlock WHERE stats_reset <> pg_stat_adaptive_lwlock_reset_time();
