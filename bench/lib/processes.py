@@ -38,8 +38,12 @@ def start(args: List[str], death_signal: int, as_server_user: bool = True, **opt
     die.
     """
 
+    parent = os.getpid()
+
     def die_with_parent():
         _libc.prctl(_PR_SET_PDEATHSIG, death_signal, 0, 0, 0)
+        if os.getppid() != parent:  # it died before
+            os._exit(1)
 
     identity = _identity() if as_server_user else {}
     return subprocess.Popen(args, stdin=subprocess.DEVNULL, env=environment(), start_new_session=True,

@@ -34,7 +34,9 @@ def build(*goals: str, setup=()) -> None:
 
 
 def in_own_bpffs() -> None:
-    """Runs this program again where /sys/fs/bpf is its own, so that no mirror of the machine is touched."""
+    """Runs this program again where /sys/fs/bpf is its own, so that no mirror of the machine is touched, and where all that
+    it starts ends with it, however it ends.
+    """
     if _AGAIN not in os.environ:
         os.environ[_AGAIN] = "1"
         runner = os.path.join(ROOT, "scripts", "private-bpffs")

@@ -380,14 +380,11 @@ int load(const std::string& dir, const LoadOptions& options) {
 int unload(const std::string& dir) {
     libbpf_set_print(talk);
     Descriptor directory = lock(dir);
-    if (directory.fd < 0 || inspect(dir).what == Found::nothing) {
-        printf("schedmirror: not loaded at %s\n", dir.c_str());
-        return kDone;
-    }
-    remove_all(dir);
-    take_back_passage(dir);
-    if (rmdir(dir.c_str()) != 0) refuse("cannot remove " + dir + ": " + reason());
-    printf("schedmirror: unloaded from %s\n", dir.c_str());
+    const bool loaded = directory.fd >= 0 && inspect(dir).what != Found::nothing;
+    if (loaded) remove_all(dir);
+    take_back_passage(dir);  // also after a load that was killed before it pinned anything
+    if (rmdir(dir.c_str()) != 0 && loaded) refuse("cannot remove " + dir + ": " + reason());
+    printf("schedmirror: %s %s\n", loaded ? "unloaded from" : "not loaded at", dir.c_str());
     return kDone;
 }
 
