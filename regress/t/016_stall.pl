@@ -37,6 +37,10 @@ sub words_about
 	return $words;
 }
 
+my ($none, $some) = ("progress: 2.0 s, 0.0 tps, lat 0\n", "progress: 2.0 s, 0.5 tps, lat 1\n");
+ok(!stalled($_->[1]), "no stall: $_->[0]") for [ nothing => '' ], [ 'all the time work' => $some x 3 ], [ 'connects at first' => $none x 2 . $some x 2 ];
+ok(stalled($_->[1]), "a stall: $_->[0]") for [ 'no work' => $none ], [ 'between work' => "$some$none$some" ], [ 'at the end' => "$some$none" ];
+
 for my $case (
 	[ 'of limited time', \&finish_load, 'progress: 2.0 s, 0.0 tps\nnumber of transactions actually processed: 1\n' ],
 	[ 'without end', \&end_load, 'progress: 2.0 s, 0.0 tps\n' ])

@@ -33,7 +33,7 @@ use Test::More;
 
 our @EXPORT = qw(
   new_server status counters wait_until
-  start_load finish_load run_load start_session
+  start_load finish_load run_load stalled start_session
   as_root why_no_root why_no_bpf mirror machine_pid
 );
 
@@ -139,7 +139,7 @@ sub finish_load
 	{
 		my ($failed) = $load->{out} =~ /number of failed transactions: (\d+)/;
 		$problem = "$failed transactions failed" if $failed;
-		$problem = 'it stalled' if $load->{out} =~ /^progress: [\d.]+ s, 0\.0 tps/m;
+		$problem = 'it stalled' if stalled($load->{out});
 	}
 	my ($transactions) = $load->{out} =~ /number of transactions actually processed: (\d+)/;
 	$problem = 'no transaction was done' if !$problem && !$transactions;
@@ -156,7 +156,17 @@ sub run_load
 	return finish_load(start_load($node, %options), $name, $options{limit});
 }
 
-# A psql that runs one SQL text in the background. Returns { run, out, err, pid of the backend }.
+# Whether pgbench's progress shows a time in which nothing was done. Until its first transaction it connects.
+sub stalled
+{
+	my ($printed) = @_;
+	my @rates = $printed =~ /^progress: [\d.]+ s, ([\d.]+) tps/mg;
+	my @working = @rates;
+	shift @working while @working && $working[0] == 0;
+	return @rates && (!@working || grep { $_ == 0 } @working);
+}
+
+# A psql that runs one SQL text in the background. Returns { run, out, err, pid of the backend }, once that has begun.
 sub start_session
 {
 	my ($node, $sql) = @_;
@@ -169,6 +179,8 @@ sub start_session
 		'<', \undef, '>', \$session{out}, '2>', \$session{err}, IPC::Run::timeout(90));
 	$session{run}->pump until $session{out} =~ /^(\d+)\n/ || !$session{run}->pumpable;
 	($session{pid}) = $session{out} =~ /^(\d+)\n/;
+	$node->poll_query_until('postgres', "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $session{pid} AND query = 'SELECT pg_backend_pid()'")
+	  if $session{pid};
 	return \%session;
 }
 

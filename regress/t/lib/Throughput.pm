@@ -25,7 +25,7 @@ sub end_load
 	local $Test::Builder::Level = $Test::Builder::Level + 1;
 	$load->{run}->signal('TERM');
 	$load->{run}->finish;
-	my $problem = $load->{out} =~ /ERROR|FATAL|aborted/ ? 'it failed' : $load->{out} =~ /^progress: [\d.]+ s, 0\.0 tps/m ? 'it stalled' : '';
+	my $problem = $load->{out} =~ /ERROR|FATAL|aborted/ ? 'it failed' : stalled($load->{out}) ? 'it stalled' : '';
 	is($problem, '', $name) or diag("$load->{out}\n" . machine_use_since($load->{since}));
 	return;
 }
