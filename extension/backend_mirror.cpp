@@ -34,9 +34,10 @@ namespace {
 
 // Shared by the server's processes.
 struct Shared {
-    pg_atomic_uint64 warned_at;                     // TimestampTz
-    pg_atomic_uint64 stale_witness;                 // the last process that found its mirror stale
-    pg_atomic_uint32 stale_mirror;                  // id of a mirror that nobody keeps
+    pg_atomic_uint64 warned_at;         // TimestampTz
+    pg_atomic_uint64 stale_witness;     // who last found its mirror stale: the mirror's id, process id
+    pg_atomic_uint64 stale_witness_at;  // TimestampTz
+    pg_atomic_uint32 stale_mirror;      // id of a mirror that nobody keeps
     SlotId slot_of_backend[FLEXIBLE_ARRAY_MEMBER];  // indexed by PGPROC number
 };
 
@@ -175,11 +176,13 @@ void seek_slot() {
     }
 }
 
-/// All leave a stale mirror: one process's word is not enough.
+/// All leave a stale mirror: one process's word is not enough, and is forgotten after ten minutes.
 bool another_found_it_stale() {
     const uint64 me = static_cast<uint64>(mirror.id()) << 32 | static_cast<uint32>(MyProcPid);
+    const auto now = static_cast<uint64>(GetCurrentTimestamp());
+    const uint64 said_at = pg_atomic_exchange_u64(&shared->stale_witness_at, now);
     const uint64 before = pg_atomic_exchange_u64(&shared->stale_witness, me);
-    return before != me && before >> 32 == mirror.id();
+    return before != me && before >> 32 == mirror.id() && now - said_at < 10 * USECS_PER_MINUTE;
 }
 
 void judge_registration() {
@@ -257,6 +260,7 @@ void shmem_startup() {
     MemSet(shared, 0, shared_bytes());
     pg_atomic_init_u64(&shared->warned_at, 0);
     pg_atomic_init_u64(&shared->stale_witness, 0);
+    pg_atomic_init_u64(&shared->stale_witness_at, 0);
     pg_atomic_init_u32(&shared->stale_mirror, 0);
     open_mirror_in_shmem(
         ShmemInitStruct("adaptive_lwlock rseq mirror", Mirror::rseq_bytes(rseq_slots(), cpus()), &found));

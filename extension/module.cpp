@@ -47,6 +47,7 @@ bool server_calls_replacement() {
     constexpr SlotId kMark = 0xFFFF;
     LWLock* const lock = ShmemIndexLock;
     const int held_before = lwlock_api::held_count();
+    const uint32 holdoff_before = InterruptHoldoffCount;
     auto* owner = reinterpret_cast<volatile SlotId*>(reinterpret_cast<char*>(lock) + server::kOwnerOffset);
     volatile bool raised = false;
 
@@ -69,6 +70,7 @@ bool server_calls_replacement() {
         // Some calls reach the replacement and some the server's own function, which then misses the lock in
         // its list.
         FlushErrorState();
+        InterruptHoldoffCount = holdoff_before;  // an error sets it to 0
         raised = true;
     }
     PG_END_TRY();

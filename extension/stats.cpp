@@ -55,7 +55,7 @@ void shmem_startup() {
     at_reset = reinterpret_cast<Table*>(last_reset + 1);
     if (found) return;
     std::fill_n(reinterpret_cast<char*>(last_reset), shmem_bytes(), 0);
-    last_reset->time = GetCurrentTimestamp();
+    last_reset->time.store(GetCurrentTimestamp(), std::memory_order_relaxed);
 }
 
 void count(uint16_t tranche, LockEvent event, uint64_t n) {
@@ -76,11 +76,11 @@ void reset() {
     for (int t = 0; t < kTranches; t++)
         for (int e = 0; e < kEvents; e++)
             at_reset->tranche[t].of[e].store(tables().sum(offset(t, e)), std::memory_order_relaxed);
-    last_reset->time = GetCurrentTimestamp();
+    last_reset->time.store(GetCurrentTimestamp(), std::memory_order_relaxed);
 }
 
 TimestampTz reset_time() {
-    return last_reset->time;
+    return last_reset->time.load(std::memory_order_relaxed);
 }
 
 }  // namespace adaptive::stats

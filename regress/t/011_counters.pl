@@ -69,7 +69,11 @@ $node->restart;
 $n = counted('owner', 'no mirror', $asleep, 4);
 is($n->{owner_off_cpu}, 0, 'without a mirror nobody is seen off the CPU');
 
+my $since = "SELECT count(*) > 0, count(DISTINCT stats_reset), min(stats_reset) = pg_stat_adaptive_lwlock_reset_time() FROM pg_stat_adaptive_lwlock";
+is($node->safe_psql('postgres', $since), 't|1|t', 'every row says since when it counts');
+my $before = $node->safe_psql('postgres', 'SELECT pg_stat_adaptive_lwlock_reset_time()');
 $node->restart;
 is(counters($node, 'lock_generator')->{contended}, 0, 'a restart starts from nothing');
+is($node->safe_psql('postgres', "SELECT pg_stat_adaptive_lwlock_reset_time() > '$before'"), 't', 'and from that moment');
 $node->stop;
 done_testing();
