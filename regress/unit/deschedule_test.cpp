@@ -291,8 +291,11 @@ TEST_F(DescheduleTest, HostileNotesStayInTheirSlot) {
         ASSERT_TRUE(eventually([&] { return mirror.info(static_cast<SlotId>(slot)).switches > before + 2; }));
         const size_t words = slot * sizeof(sched_notes);
         changed += memcmp(expected.data() + words, raw + words, SCHED_NOTE_BYTES) != 0;
-        memcpy(expected.data() + words, raw + words, SCHED_NOTE_BYTES);
-        ASSERT_EQ(memcmp(expected.data(), raw, bytes), 0) << "round " << round;
+        // All but these words, which change all the time.
+        size_t others = 0;
+        for (size_t i = 0; i < bytes; i++)
+            others += (i < words || i >= words + SCHED_NOTE_BYTES) && raw[i] != expected[i];
+        ASSERT_EQ(others, 0u) << "round " << round;
     }
     EXPECT_GT(changed, 100);
     close_all(notes);

@@ -717,6 +717,30 @@ TEST_F(MirrorTest, GroupMembersNeedNoPrivilege) {
     }
 }
 
+// Several that register and unregister on one CPU, each preempted in the middle of it by the others.
+TEST_F(MirrorTest, RegistrationsOnOneCpuDoNotDisturbEachOther) {
+    const bpf::Maps raw = maps();
+    const auto churn = [&](uint32_t slot) {
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(0, &one);
+        sched_setaffinity(0, sizeof(one), &one);
+        for (const double end = test::seconds() + 2; test::seconds() < end;)
+            if (bpf::set_registration(raw.register_fd, {slot, 1}) != 0 ||
+                bpf::set_registration(raw.register_fd, {0, 0}) != 0)
+                _exit(1);
+        // Nothing of it is left: a switch of ours is not recorded.
+        const uint64_t before = __atomic_load_n(&raw.slot_array[slot].switches, __ATOMIC_RELAXED);
+        usleep(1000);
+        _exit(__atomic_load_n(&raw.slot_array[slot].switches, __ATOMIC_RELAXED) == before ? 0 : 2);
+    };
+    Child a([&] { churn(1); }), b([&] { churn(2); }), c([&] { churn(3); });
+    EXPECT_EQ(a.wait(), 0);
+    EXPECT_EQ(b.wait(), 0);
+    EXPECT_EQ(c.wait(), 0);
+    bpf::close_maps(raw);
+}
+
 // Whatever a member of the group registers or writes, the header and other slots' memory stay the kernel's.
 TEST_F(MirrorTest, HostileMembersOnlyMislead) {
     const bpf::Maps raw = maps();

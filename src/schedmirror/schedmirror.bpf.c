@@ -29,7 +29,7 @@ struct task_struct {
     struct bpf_local_storage* bpf_storage;
 } __attribute__((preserve_access_index));
 
-#define ENOMEM 12
+#define EAGAIN 11
 #define TASK_RUNNING 0
 #define TASK_DEAD 0x80 /* stable since 4.14 */
 
@@ -174,11 +174,15 @@ SEC("syscall")
 int set_registration(struct sched_registration* wanted) {
     struct task_struct* me = bpf_get_current_task_btf();
     if (wanted->slot == 0) {
+        /* It counts no more from here on. The kernel refuses to free it while it is busy with another storage on this CPU:
+         * then it goes with the task. */
+        struct sched_registration* mine = bpf_task_storage_get(&tasks, me, 0, 0);
+        if (mine) *(volatile __u64*)mine = 0;
         bpf_task_storage_delete(&tasks, me);
         return 0;
     }
     struct sched_registration* mine = bpf_task_storage_get(&tasks, me, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-    if (!mine) return ENOMEM;
+    if (!mine) return EAGAIN; /* no memory, or busy as above */
     /* In one (little-endian) store. */
     *(volatile __u64*)mine = (__u64)wanted->generation << 32 | wanted->slot;
     return 0;

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <linux/bpf.h>
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -178,7 +179,12 @@ int set_registration(int register_fd, sched_registration registration) noexcept 
     attr.test.prog_fd = static_cast<uint32_t>(register_fd);
     attr.test.ctx_in = address(&registration);
     attr.test.ctx_size_in = sizeof(registration);
-    return call(BPF_PROG_TEST_RUN, &attr) == 0 ? static_cast<int>(attr.test.retval) : errno;
+    // Whom the kernel is busy with on this CPU was preempted: let it go on.
+    for (int tries = 100;; tries--) {
+        const int problem = call(BPF_PROG_TEST_RUN, &attr) == 0 ? static_cast<int>(attr.test.retval) : errno;
+        if (problem != EAGAIN || tries == 0) return problem;
+        sched_yield();
+    }
 }
 
 }  // namespace adaptive::bpf
