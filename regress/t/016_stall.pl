@@ -2,7 +2,6 @@
 
 use strict;
 use warnings;
-use lib 'lib';
 use IPC::Run;
 use MachineUse;
 use PostgreSQL::Test::Utils;

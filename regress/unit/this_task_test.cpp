@@ -6,7 +6,6 @@
 #include <pthread.h>
 #include <sys/resource.h>
 
-#include <algorithm>
 #include <climits>
 
 #include "lock/mutex.h"

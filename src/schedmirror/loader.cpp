@@ -64,8 +64,7 @@ struct Pinned {
     Found what = Found::nothing;
     uint32_t version = 0, slots = 0;  // slots: elements of the arrays
     gid_t group = 0;
-    const char* frozen =
-        nullptr;  // of a mirror's arrays that all who take part must write, one that nobody can
+    const char* frozen = nullptr;  // an array that all who take part must write, and nobody can
 };
 
 std::string path(const std::string& dir, const char* name) {
@@ -223,13 +222,10 @@ void give(const std::string& file, gid_t group, mode_t mode) {
         refuse("cannot set the owner and mode of " + file + ": " + reason());
 }
 
-void pin_map(bpf_map* map, const std::string& file, gid_t group, mode_t mode) {
-    if (bpf_map__pin(map, file.c_str()) != 0) refuse("cannot pin " + file + ": " + reason());
-    give(file, group, mode);
-}
-
-void pin_program(bpf_program* program, const std::string& file, gid_t group, mode_t mode) {
-    if (bpf_program__pin(program, file.c_str()) != 0) refuse("cannot pin " + file + ": " + reason());
+// `Pin` is libbpf's function for such a thing.
+template <auto Pin, class Thing>
+void pin(Thing* thing, const std::string& file, gid_t group, mode_t mode) {
+    if (Pin(thing, file.c_str()) != 0) refuse("cannot pin " + file + ": " + reason());
     give(file, group, mode);
 }
 
@@ -275,11 +271,11 @@ void load_and_pin(const std::string& dir, uint32_t slots, gid_t group) {
         bpf_map_freeze(bpf_map__fd(bpf->maps.slots)) != 0)
         refuse("cannot prepare the mirror: " + reason());
 
-    pin_map(bpf->maps.slots, path(dir, "slots"), group, 0660);
-    pin_map(bpf->maps.claims, path(dir, "claims"), group, 0660);
-    pin_map(bpf->maps.notes, path(dir, "notes"), group, 0660);
-    pin_program(bpf->progs.set_registration, path(dir, "register"), group, 0660);
-    pin_program(bpf->progs.deactivate, path(dir, "deactivate"), 0, 0600);
+    pin<bpf_map__pin>(bpf->maps.slots, path(dir, "slots"), group, 0660);
+    pin<bpf_map__pin>(bpf->maps.claims, path(dir, "claims"), group, 0660);
+    pin<bpf_map__pin>(bpf->maps.notes, path(dir, "notes"), group, 0660);
+    pin<bpf_program__pin>(bpf->progs.set_registration, path(dir, "register"), group, 0660);
+    pin<bpf_program__pin>(bpf->progs.deactivate, path(dir, "deactivate"), 0, 0600);
     attach(bpf->progs.on_process_exit, path(dir, "process_exit"));
     attach(bpf->progs.on_sched_switch, path(dir, "sched_switch"));
     give(dir, group, 0750);
@@ -358,10 +354,10 @@ int load(const std::string& dir, const LoadOptions& options) {
     const Pinned pinned = inspect(dir);
     if (loaded_already(dir, pinned, options)) return kDone;
     remove_all(dir);  // what an interrupted load or unload left
-    uint32_t slots = options.slots.value_or(kDefaultSlots);
+    const uint32_t slots =
+        options.slots.value_or(pinned.frozen != nullptr ? pinned.slots - 1 : kDefaultSlots);
     if (pinned.frozen != nullptr) {
         printf("schedmirror: removed the mirror at %s, whose %s were frozen\n", dir.c_str(), pinned.frozen);
-        slots = options.slots.value_or(pinned.slots - 1);
         if (!options.group) group = pinned.group;
     }
     try {
