@@ -8,6 +8,7 @@
 #   make check-aarch64     cross compile, and test the library and the patching under emulation
 #   make model             every interleaving of the waiting protocol, and what becomes of it with a rule broken
 #   make torture           ten minutes of torture (TORTURE_MINUTES=…)
+#   make bundle            one file for measuring on a machine on which nothing can be installed
 #
 # For a server that is installed:
 #   make               the module (PGXS) and the schedmirror command
@@ -48,7 +49,7 @@ override with_llvm = no
 all:
 
 # These start where no server may be installed yet; their scripts come back to this Makefile.
-FROM_BARE_CLONE = check bench check-core check-versions check-aarch64 model torture
+FROM_BARE_CLONE = check bench check-core check-versions check-aarch64 model torture bundle
 
 ifneq (,$(filter-out $(FROM_BARE_CLONE),$(or $(MAKECMDGOALS),all)))
 PGXS := $(shell $(PG_CONFIG) --pgxs)

@@ -66,7 +66,7 @@ class Cluster:
         while True:
             if self.process.poll() is not None:
                 raise BenchError(f"the {self.name} server did not start: {self.log_tail()}")
-            if processes.run([self.program("pg_isready"), "-q"] + self.address()).returncode == 0:
+            if processes.run([self.program("pg_isready"), "-q", "-U", "postgres"] + self.address()).returncode == 0:
                 return
             if time.monotonic() > deadline:
                 raise BenchError(f"the {self.name} server was not ready after {START_TIMEOUT} s: {self.log_tail()}")
@@ -123,12 +123,17 @@ class ModuleCluster(Cluster):
         return json.loads(self.sql("SELECT row_to_json(s) FROM adaptive_lwlock_status() s"))
 
     def set_mode(self, mode: str) -> None:
-        """Also sets the module's counters to zero."""
-        self.sql(f"ALTER SYSTEM SET adaptive_lwlock.mode = {mode}", "SELECT pg_reload_conf()",
-                 "SELECT pg_stat_adaptive_lwlock_reset()")
+        """A mode, or MODE:US for one with a max_spin of its own. Also sets the module's counters to zero."""
+        name, _, budget = mode.partition(":")
+        self.sql(f"ALTER SYSTEM SET adaptive_lwlock.mode = {name}",
+                 f"ALTER SYSTEM SET adaptive_lwlock.max_spin = {budget or 'DEFAULT'}",
+                 "SELECT pg_reload_conf()", "SELECT pg_stat_adaptive_lwlock_reset()")
         deadline = time.monotonic() + 10
-        # The postmaster reads the file when its signal arrives; sessions made afterwards have the new mode.
-        while self.sql("SHOW adaptive_lwlock.mode") != mode:
+        # The postmaster reads the file when its signal arrives; sessions made afterwards have the new settings.
+        arrived = (f"SELECT bool_and(setting = CASE name WHEN 'adaptive_lwlock.mode' THEN '{name}'"
+                   f" ELSE coalesce(nullif('{budget}', ''), boot_val) END) FROM pg_settings"
+                   " WHERE name IN ('adaptive_lwlock.mode', 'adaptive_lwlock.max_spin')")
+        while self.sql(arrived) != "t":
             if time.monotonic() > deadline:
                 raise BenchError(f"the module server did not change its mode to {mode}")
             time.sleep(0.01)

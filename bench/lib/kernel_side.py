@@ -11,7 +11,7 @@ PINS = os.path.join(BPF_FS, "schedmirror")
 
 
 class KernelSide:
-    def __init__(self, command: str, group: str = "postgres"):
+    def __init__(self, command: str, group: str):
         self.command = command
         self.group = group
         self.mounted = False

@@ -14,7 +14,7 @@ import subprocess
 import time
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from typing import List, Tuple
+from typing import List, Optional, Set, Tuple
 
 from . import processes
 from .cluster import last_line
@@ -38,6 +38,7 @@ class Sample:
     sleeps_per_1000_tx: float
     longest_wait_ms: float  # for the generator's lock, of the whole run; 0: another workload
     transactions: int
+    beside: Optional["Sample"] = None  # of the load that ran at the same time
 
 
 class Pgbench:
@@ -47,14 +48,17 @@ class Pgbench:
         self.what = f"{workload.name} with {clients} clients"
         self.roots = server.pids()
         self.idle_children = sum(len(processes.children(pid)) for pid in self.roots)
-        self.prefix = os.path.join(log_dir, f"transactions_{server.name}")
+        before = self._children()
+        self.prefix = os.path.join(log_dir, f"transactions_{server.name}_{workload.name}")
         script = os.path.join(log_dir, os.path.basename(workload.script()))
         _publish(workload.script(), script)
 
         variables = {"clients": clients}
         if workload.lock:
             variables.update(workload.lock.variables())
-        args = [program, "-n", "-M", protocol, "-c", str(clients), "-j", "1", "-T", str(LASTING),
+        # One thread of pgbench drives some four CPUs of backends.
+        threads = max(1, min(clients, len(os.sched_getaffinity(0)) // 4))
+        args = [program, "-n", "-M", protocol, "-c", str(clients), "-j", str(threads), "-T", str(LASTING),
                 "-l", "--log-prefix", self.prefix, "-f", script, "-U", "postgres"]
         for name, value in variables.items():
             args += ["-D", f"{name}={value}"]
@@ -67,6 +71,10 @@ class Pgbench:
         except BaseException:
             self.close()
             raise
+        self.backends = sorted(self._children() - before)  # those of this load, where one process serves one connection
+
+    def _children(self) -> Set[int]:
+        return {child for pid in self.roots for child in processes.children(pid)}
 
     def send(self, sig: int) -> None:
         if self.process.poll() is None:
@@ -113,15 +121,41 @@ def measure(server, program: str, workload: Workload, clients: int, seconds: flo
         time.sleep(seconds)
         after = processes.Usage(load.roots)
         finished = load.finish()
+    return _of_window(load, before, after, finished, server.longest_wait() if workload.lock else 0.0)
 
+
+def measure_beside(server, program: str, workload: Workload, clients: int, other: Workload, others: int, seconds: float,
+                   log_dir: str) -> Sample:
+    """Two loads on one server at once: the sample of the first, with that of the other `beside` it. CPU and sleeps are of each
+    load's own backends.
+    """
+    if workload.lock:
+        server.longest_wait()  # from now on
+    with ExitStack() as stack:
+        loads = [stack.enter_context(closing(Pgbench(server, program, *load, log_dir)))
+                 for load in ((other, others), (workload, clients))]
+        time.sleep(WARM_UP)
+        before = [processes.Usage(load.roots, load.backends) for load in loads]
+        time.sleep(seconds)
+        after = [processes.Usage(load.roots, load.backends) for load in loads]
+        for load in loads:
+            load.send(signal.SIGALRM)
+        finished = [load.finish() for load in loads[::-1]][::-1]
+    beside, sample = map(_of_window, loads, before, after, finished, (0.0, server.longest_wait() if workload.lock else 0.0))
+    sample.beside = beside
+    return sample
+
+
+def _of_window(load: Pgbench, before: processes.Usage, after: processes.Usage, finished: List[Tuple[float, int]],
+               longest_wait: float) -> Sample:
     count, latencies = in_window(finished, before.when, after.when)
     if count <= 0:
-        raise BenchError(f"{load.what}: no transaction in {seconds} s")
+        raise BenchError(f"{load.what}: no transaction in {after.when - before.when:.1f} s")
     cpu = after.cpu_seconds - before.cpu_seconds
     return Sample(tps=count / (after.when - before.when), cpu_seconds_per_1000_tx=1000 * cpu / count,
                   latency_p99_ms=percentile(latencies, 99) / 1000,
                   sleeps_per_1000_tx=1000 * after.sleeps_since(before) / count,
-                  longest_wait_ms=server.longest_wait() if workload.lock else 0.0, transactions=len(latencies))
+                  longest_wait_ms=longest_wait, transactions=len(latencies))
 
 
 def measure_in_slices(clusters: List, program: str, workload: Workload, clients: int, seconds: float, slice_seconds: float,

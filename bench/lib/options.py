@@ -4,10 +4,11 @@ import argparse
 
 
 def name_list(known, what):
+    """For names of these only, or of any (None)."""
     def parse(text):
         names = [name for name in text.split(",") if name]
         for name in names:
-            if name not in known:
+            if known is not None and name not in known:
                 raise argparse.ArgumentTypeError(f"unknown {what} {name!r} (known: {', '.join(known)})")
         if not names:
             raise argparse.ArgumentTypeError(f"no {what} given")

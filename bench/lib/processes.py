@@ -1,6 +1,7 @@
 """Starting processes that end with us, and reading what a process tree has used from /proc."""
 
 import ctypes
+import grp
 import os
 import pwd
 import signal
@@ -15,7 +16,18 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 def server_user() -> Optional[str]:
     """The user for servers, or None for our own: the server refuses to run as root."""
-    return "postgres" if os.geteuid() == 0 else None
+    if os.geteuid() != 0:
+        return None
+    try:
+        return pwd.getpwnam("postgres").pw_name
+    except KeyError:
+        return "nobody"  # PostgreSQL is not installed: the servers are copies that were brought along
+
+
+def server_group() -> str:
+    """The group that the servers' user has, or ours."""
+    user = server_user()
+    return grp.getgrgid(pwd.getpwnam(user).pw_gid if user else os.getegid()).gr_name
 
 
 def _identity() -> dict:
@@ -108,12 +120,19 @@ def _voluntary_switches(pid: int) -> int:
 
 
 class Usage:
-    """What a server has used up to now: CPU of the whole tree, and how often each child went to sleep."""
+    """What a server has used up to now: CPU of the whole tree, and how often each child went to sleep. With `only`: of these
+    processes alone, which must live until the next such look.
+    """
 
-    def __init__(self, roots: List[int]):
+    def __init__(self, roots: List[int], only: Optional[List[int]] = None):
         self.when = time.time()
         self.cpu_seconds = 0.0
         self.switches: Dict[int, int] = {}
+        for pid in only or ():
+            self.cpu_seconds += _own_cpu_seconds(pid)
+            self.switches[pid] = _voluntary_switches(pid)
+        if only is not None:
+            return
         for root in roots:
             stat = _stat(root)
             # A child that ends moves its time here.

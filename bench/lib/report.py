@@ -23,13 +23,25 @@ MODES = {
 LOSS = "▼"
 
 
+def about_mode(mode: str) -> str:
+    name, _, budget = mode.partition(":")
+    return MODES[name] + (f"; at most {budget} us (adaptive_lwlock.max_spin)" if budget else "")
+
+
+def color(mode: str) -> str:
+    """A mode with a budget of its own is lighter than the mode."""
+    name, _, budget = mode.partition(":")
+    return COLORS[name] + ("90" if budget else "")
+
+
 # ---- text ----
 
 def text_table(results: Results) -> str:
     compared = [mode for mode in results.modes() if mode != REFERENCE]
+    beside = results.machine.get("beside")
     head = ["workload", "clients"] + ([f"{REFERENCE} tps"] if REFERENCE in results.modes() else [])
     for mode in compared:
-        head += [f"{mode} tps ratio", "cpu"]
+        head += [f"{mode} tps ratio", "cpu"] + (["beside", "p99", "cpu", "total"] if beside else [])
     efficient = bool(results.single_client)
     if efficient:
         head += ["efficiency " + "/".join(results.modes())]
@@ -41,9 +53,11 @@ def text_table(results: Results) -> str:
         for mode in compared:
             entry = results.ratio(workload, clients, mode)
             if entry is None:
-                row += [_median(results, workload, clients, mode, "tps"), ""]
+                row += [_median(results, workload, clients, mode, "tps")] + [""] * (5 if beside else 1)
             else:
                 row += [_range(entry) + (" " + LOSS if entry["loses"] else "  "), _cpu(entry)]
+                if beside:
+                    row += [f"{entry['beside'][figure]:.2f}" for figure in ("median", "p99", "cpu")] + [_range(entry["total"])]
         if efficient:
             row.append(_efficiencies(results, workload, clients))
         rows.append(row)
@@ -52,6 +66,9 @@ def text_table(results: Results) -> str:
     lines.insert(1, "-" * max(map(len, lines)))
     notes = ["", f"tps ratio: to {REFERENCE}, median of the rounds [lowest..highest]; {LOSS} less than {REFERENCE}. "
              "cpu: server CPU per transaction, ratio."]
+    if beside:
+        notes.append(f"beside: of {beside['workload']} with {beside['clients']} clients at the same time, tps, p99 and CPU per "
+                     "transaction, ratios; total: geometric mean of both tps ratios.")
     if efficient:
         notes.append("efficiency: throughput / the most this machine could reach with this lock.")
     notes += [summary_line(results.machine)]
@@ -143,7 +160,7 @@ def _plot(results: Results, figure: str, label: str) -> str:
                 if not value:
                     continue
                 x = c + (m - (len(modes) - 1) / 2) * width
-                ax.bar(x, value["median"], width * 0.92, color=COLORS[mode], label=mode)
+                ax.bar(x, value["median"], width * 0.92, color=color(mode), label=mode)
                 ax.plot([x, x], [value["min"], value["max"]], color="#222222", linewidth=0.8)
                 top = max(top, value["max"])
         ax.axhline(1, color=COLORS[REFERENCE], linewidth=1, linestyle="--")
@@ -154,7 +171,7 @@ def _plot(results: Results, figure: str, label: str) -> str:
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
     axes[0][0].set_ylabel(label)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[mode]) for mode in modes]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color(mode)) for mode in modes]
     handles.append(plt.Line2D([0], [0], color=COLORS[REFERENCE], linestyle="--"))
     fig.tight_layout(rect=(0, 0, 1, 1 - 0.35 / (2.3 * lines)))
     fig.legend(handles, modes + [REFERENCE + " = 1"], loc="upper center", ncol=len(handles), frameon=False)
@@ -215,7 +232,7 @@ def _summary(results: Results) -> str:
         behind = [e for e in entries if e["max"] < 1]
         unsure = len(entries) - ahead - len(behind)
         lost = ", ".join(f"{e['workload']} at {e['clients']}" for e in behind)
-        lines.append(f"<li><b>{mode}</b> ({html.escape(MODES[mode])}): faster than stock in every round in {ahead} of "
+        lines.append(f"<li><b>{mode}</b> ({html.escape(about_mode(mode))}): faster than stock in every round in {ahead} of "
                      f"{len(entries)} cells, slower in every round in {len(behind)}{': ' + lost if lost else ''}; "
                      f"not clear in {unsure}.</li>")
     return (f"<p>{html.escape(summary_line(results.machine))}.</p><ul>{''.join(lines)}</ul>"
@@ -272,7 +289,7 @@ def _rates(results: Results) -> str:
 
 def _facts(results: Results, command: str) -> str:
     return facts_table(
-        command, results.machine, [(f"mode {mode}", MODES[mode]) for mode in results.modes()] +
+        command, results.machine, [(f"mode {mode}", about_mode(mode)) for mode in results.modes()] +
         [(f"workload {name}", ALL[name].about) for name in dict.fromkeys(w for w, _ in results.cells())])
 
 

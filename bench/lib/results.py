@@ -5,7 +5,9 @@ the stock server of the same round, measured within seconds of it, and the media
 over the rounds.
 """
 
+import math
 import statistics
+from operator import attrgetter
 from typing import Dict, List, Optional, Tuple
 
 from .load import Sample
@@ -13,6 +15,10 @@ from .workloads import ALL
 
 REFERENCE = "stock"
 Key = Tuple[str, int, str]  # workload, clients, mode
+
+
+def _spread(values: List[float]) -> Dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 class Results:
@@ -46,7 +52,8 @@ class Results:
         stock = self.samples.get((workload, clients, REFERENCE))
         if mode == REFERENCE or not stock or key not in self.samples:
             return None
-        pairs = [(getattr(mine, figure), getattr(theirs, figure)) for mine, theirs in zip(self.samples[key], stock)]
+        value = attrgetter(figure)
+        pairs = [(value(mine), value(theirs)) for mine, theirs in zip(self.samples[key], stock)]
         ratios = [mine / theirs for mine, theirs in pairs if theirs > 0]
         return ratios or None
 
@@ -61,7 +68,13 @@ class Results:
                              ("sleeps", "sleeps_per_1000_tx"), ("longest_wait", "longest_wait_ms")):
             values = self._ratios(key, figure)
             if values:
-                entry[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+                entry[name] = _spread(values)
+        if self.machine.get("beside"):
+            other = self._ratios(key, "beside.tps")
+            entry["beside"] = {**self.machine["beside"], **_spread(other)}
+            for name, figure in (("cpu", "beside.cpu_seconds_per_1000_tx"), ("p99", "beside.latency_p99_ms")):
+                entry["beside"][name] = statistics.median(self._ratios(key, figure) or [0.0])
+            entry["total"] = _spread([math.sqrt(mine * theirs) for mine, theirs in zip(tps, other)])
         return entry
 
     def ratios(self) -> List[dict]:
@@ -97,6 +110,9 @@ class Results:
             cell = {"workload": key[0], "clients": key[1], "mode": key[2]}
             for figure in ("tps", "cpu_seconds_per_1000_tx", "latency_p99_ms", "sleeps_per_1000_tx", "longest_wait_ms"):
                 cell[figure] = [getattr(sample, figure) for sample in samples]
+            if samples[0].beside:
+                cell["beside"] = {figure: [getattr(sample.beside, figure) for sample in samples] for figure in
+                                  ("tps", "cpu_seconds_per_1000_tx", "latency_p99_ms", "sleeps_per_1000_tx")}
             efficiency = self.efficiency(key)
             if efficiency:
                 cell["efficiency"] = efficiency

@@ -21,9 +21,9 @@ _AGAIN = "ADAPTIVE_BENCH_STARTED"
 
 def build(*goals: str, setup=()) -> None:
     """Installs the packages that are missing and builds what is not up to date. Once: not in the process that
-    in_own_bpffs() makes of this one.
+    in_own_bpffs() makes of this one. Not in a bundle (scripts/bundle), which has all that it needs.
     """
-    if _AGAIN in os.environ:
+    if _AGAIN in os.environ or not os.path.isdir(os.path.join(ROOT, "src")):
         return
     # Not a part of a make that may be running us.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}

@@ -485,7 +485,7 @@ def torture(bindir: str, directory: str, seconds: float, tasks: int, seed: int, 
     for path in (run_dir, data_dir):
         os.mkdir(path)
         if processes.server_user():
-            shutil.chown(path, processes.server_user(), processes.server_user())
+            shutil.chown(path, processes.server_user(), processes.server_group())
     cluster = ModuleCluster("torture", bindir, os.path.join(data_dir, "data"), run_dir)
     cluster.init(120)
     with open(os.path.join(cluster.data, "postgresql.conf"), "a") as conf:
