@@ -444,6 +444,8 @@ class AdaptiveLock {
     /// Wakes those at the head of the list who can go: bystanders, and one writer or the readers before it.
     static void wake_waiters(Lock& lock) {
         Host::task().sparing_since = 0;
+        // Before the list is locked: this takes a transfer of another line. Should there be no locker, it does not matter.
+        if (Host::policy() != WaitPolicy::park) Host::note_wakeup(lock);
         lock_list(lock);
         WaitList woken = take_freed(lock);
         WaitList& list = Host::wait_list(lock);
@@ -459,12 +461,7 @@ class AdaptiveLock {
             w = next;
         }
         // A woken locker has the duty now (I1): no release wakes another one until it runs, or is late.
-        if (woke_locker) {
-            Host::note_wakeup(lock);
-            unlock_list(lock, 0, kBits.release_ok);
-        } else {
-            unlock_list(lock, kBits.release_ok, 0);
-        }
+        unlock_list(lock, woke_locker ? 0 : kBits.release_ok, woke_locker ? kBits.release_ok : 0);
         wake_all(lock, woken);
     }
 
@@ -477,25 +474,31 @@ class AdaptiveLock {
 
     // ---- the wait list (I2) ----
 
-    static void lock_list(Lock& lock) {
-        while (Host::state(lock).fetch_or(kBits.list_locked) & kBits.list_locked)
+    /// Returns the state word as it was: its has_waiters and until_free stay true until unlock_list().
+    static uint32_t lock_list(Lock& lock) {
+        for (;;) {
+            const uint32_t seen = Host::state(lock).fetch_or(kBits.list_locked);
+            if (!(seen & kBits.list_locked)) return seen;
             Host::lock_list_contended(lock);
+        }
     }
 
     /// Unlocks the wait list, sets and clears the given bits, and makes has_waiters, until_free and free_since true
-    /// again.
+    /// again. Whoever has put an until_free waiter on the list sets until_free.
     static void unlock_list(Lock& lock, uint32_t set, uint32_t clear) {
-        WaitList& list = Host::wait_list(lock);
-        const uint32_t described = kBits.has_waiters | kBits.until_free;
-        if (!Host::empty(list)) {
-            set |= kBits.has_waiters;
-            // until_free waiters are always in front.
-            if (Host::wait_mode(Host::first(list)) == LockMode::until_free) set |= kBits.until_free;
-        }
-        clear |= kBits.list_locked | (described & ~set);
-        if (!(set & kBits.until_free)) clear |= kBits.free_since;
         auto state = Host::state(lock);
         uint32_t seen = state.load(std::memory_order_relaxed);
+        WaitList& list = Host::wait_list(lock);
+        const bool may_be_first = ((seen | set) & kBits.until_free) != 0;
+        set &= ~kBits.until_free;
+        if (!Host::empty(list)) {
+            set |= kBits.has_waiters;
+            // until_free waiters are always in front. To look costs a transfer of the first waiter's line, while others
+            // want the list.
+            if (may_be_first && Host::wait_mode(Host::first(list)) == LockMode::until_free) set |= kBits.until_free;
+        }
+        clear |= kBits.list_locked | ((kBits.has_waiters | kBits.until_free) & ~set);
+        if (!(set & kBits.until_free)) clear |= kBits.free_since;
         while (!state.compare_exchange_weak(seen, (seen | set) & ~clear)) {
         }
     }
@@ -503,7 +506,7 @@ class AdaptiveLock {
     static void queue_self(Lock& lock, LockMode mode, bool in_front = false) {
         const Waiter self = Host::self();
         if (wait_state(self) != WaitState::not_waiting) Host::queued_already();
-        lock_list(lock);
+        const uint32_t seen = lock_list(lock);
         WaitList woken = Host::empty_list();
         uint32_t clear = 0;
         if (mode == LockMode::until_free && (Host::state(lock).load() & kBits.free_since)) {
@@ -515,13 +518,11 @@ class AdaptiveLock {
         set_wait_state(self, WaitState::waiting);
         WaitList& list = Host::wait_list(lock);
         // The until_free waiters come before all others: unlock_list() and take_until_free() rely on it.
-        const bool until_free_first =
-            !Host::empty(list) && Host::wait_mode(Host::first(list)) == LockMode::until_free;
-        if (mode == LockMode::until_free || (in_front && !until_free_first))
+        if (mode == LockMode::until_free || (in_front && !(seen & kBits.until_free)))
             Host::push_head(list, self);
         else
             Host::push_tail(list, self);
-        unlock_list(lock, 0, clear);
+        unlock_list(lock, mode == LockMode::until_free ? kBits.until_free : 0, clear);
         wake_all(lock, woken);
     }
 
