@@ -741,6 +741,52 @@ TEST_F(MirrorTest, RegistrationsOnOneCpuDoNotDisturbEachOther) {
     bpf::close_maps(raw);
 }
 
+// The kernel side finds registrations by task id, in 8 places here. Two tasks that want the same one are both followed.
+TEST_F(MirrorTest, TasksThatWantOnePlaceAreBothFollowed) {
+    reload("--slots 2 --group root");
+    constexpr uint32_t kPlaces = 8;
+    Mirror mirror;
+    open(mirror);
+    const auto wait_and_spin = [&](Report& report) {
+        Mirror its;
+        MirrorTask task;
+        if (!join(its, task, report)) return;
+        while (report.go == 0) usleep(1000);
+        while (report.go == 1) task.note_running();
+        pause();
+    };
+    const auto tid = [&](const Report& report) {
+        const auto slot = static_cast<SlotId>(report.slot);
+        EXPECT_TRUE(eventually([&] { return mirror.look(slot) == SchedState::blocked; })) << "not followed";
+        return mirror.info(slot).tid;
+    };
+    Shared<Report> a, b;
+    auto first = std::make_unique<Child>([&] { wait_and_spin(*a); });
+    ASSERT_TRUE(joined(*a)) << a->text;
+    std::unique_ptr<Child> second;
+    for (int i = 0; i < 1000 && !HasFailure(); i++) {
+        b->slot = 0;
+        second = std::make_unique<Child>([&] { wait_and_spin(*b); });
+        ASSERT_TRUE(joined(*b)) << b->text;
+        if ((tid(*a) ^ tid(*b)) % kPlaces == 0) break;
+        second.reset();
+        ASSERT_TRUE(eventually([&] { return mirror.used() == 1; }));
+    }
+    ASSERT_EQ((tid(*a) ^ tid(*b)) % kPlaces, 0u) << "no two ids that want one place";
+    for (Report* report : {&*a, &*b}) {
+        const auto slot = static_cast<SlotId>(report->slot);
+        report->go = 1;
+        EXPECT_TRUE(eventually([&] { return mirror.look(slot) == SchedState::on_cpu; }));
+        report->go = 2;
+        EXPECT_TRUE(eventually([&] { return mirror.look(slot) == SchedState::blocked; }));
+        // The place is free after the first one: who has none goes on.
+        if (report == &*a) first.reset();
+    }
+    EXPECT_EQ(mirror.look(static_cast<SlotId>(a->slot)), SchedState::dead);
+    EXPECT_EQ(mirror.used(), 1u);
+    mirror.close();
+}
+
 // Whatever a member of the group registers or writes, the header and other slots' memory stay the kernel's.
 TEST_F(MirrorTest, HostileMembersOnlyMislead) {
     const bpf::Maps raw = maps();

@@ -495,7 +495,8 @@ class AdaptiveLock {
             set |= kBits.has_waiters;
             // until_free waiters are always in front. To look costs a transfer of the first waiter's line, while others
             // want the list.
-            if (may_be_first && Host::wait_mode(Host::first(list)) == LockMode::until_free) set |= kBits.until_free;
+            if (may_be_first && Host::wait_mode(Host::first(list)) == LockMode::until_free)
+                set |= kBits.until_free;
         }
         clear |= kBits.list_locked | ((kBits.has_waiters | kBits.until_free) & ~set);
         if (!(set & kBits.until_free)) clear |= kBits.free_since;

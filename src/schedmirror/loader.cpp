@@ -15,6 +15,7 @@
 #include <sys/utsname.h>
 #include <unistd.h>
 
+#include <bit>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -258,6 +259,10 @@ void load_and_pin(const std::string& dir, uint32_t slots, gid_t group) {
     bpf_map__set_max_entries(bpf->maps.slots, slots);
     bpf_map__set_max_entries(bpf->maps.claims, slots);
     bpf_map__set_max_entries(bpf->maps.notes, slots);
+    // At most half full, so that two tasks rarely want the same place.
+    const uint32_t places = std::bit_ceil(2 * slots);
+    bpf_map__set_max_entries(bpf->maps.places, places);
+    bpf->rodata->places_mask = places - 1;
     if (const int problem = schedmirror_bpf__load(bpf); problem != 0) refuse_load(-problem);
 
     never_seen(bpf_map__fd(bpf->maps.claims), slots);

@@ -64,15 +64,51 @@ struct {
     __type(value, struct sched_registration);
 } tasks SEC(".maps");
 
+/* The registrations once more, by task id: the kernel's helper for task storage costs more than all else at a switch. Two tasks
+ * may want one place. Whoever came second is found by its storage only. */
+struct place {
+    __u64 task; /* its address in the kernel; 0: free */
+    struct sched_registration registration;
+};
+struct {
+    __uint(type, BPF_MAP_TYPE_ARRAY);
+    __uint(max_entries, 1); /* set when loaded, as the mask is */
+    __type(key, __u32);
+    __type(value, struct place);
+} places SEC(".maps");
+const volatile __u32 places_mask = 0;
+
 static __always_inline bool is_active(void) {
     __u32 zero = 0;
     const struct sched_header* header = bpf_map_lookup_elem(&slots, &zero);
     return header && header->active;
 }
 
+static __always_inline struct place* place_of(struct task_struct* task) {
+    __u32 number = (__u32)task->pid & places_mask;
+    return bpf_map_lookup_elem(&places, &number);
+}
+
 static __always_inline struct sched_registration* registration_of(struct task_struct* task) {
-    /* No storage of any kind, as nearly every task: answered without the helper. */
-    return task->bpf_storage ? bpf_task_storage_get(&tasks, task, 0, 0) : 0;
+    /* No storage of any kind, as nearly every task. */
+    if (!task->bpf_storage) return 0;
+    struct place* place = place_of(task);
+    if (place && place->task == (__u64)task) return &place->registration;
+    return bpf_task_storage_get(&tasks, task, 0, 0);
+}
+
+/* By the task itself. It may be switched at any time, on its own CPU: until it has the place its storage counts. */
+static __always_inline void take_place(struct task_struct* me, __u64 registration) {
+    struct place* place = place_of(me);
+    if (!place) return;
+    if (place->task != (__u64)me && __sync_val_compare_and_swap(&place->task, 0, (__u64)me) != 0) return;
+    *(volatile __u64*)&place->registration = registration;
+}
+static __always_inline void leave_place(struct task_struct* me) {
+    struct place* place = place_of(me);
+    if (!place || place->task != (__u64)me) return;
+    *(volatile __u64*)&place->registration = 0;
+    __sync_lock_test_and_set(&place->task, 0);
 }
 
 static __always_inline __u32 number_of(const struct sched_registration* registration) {
@@ -150,7 +186,9 @@ int BPF_PROG(on_sched_switch, bool preempt, struct task_struct* prev, struct tas
 /* The slot of a task that dies, however it dies, comes back by itself. */
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(on_process_exit, struct task_struct* task) {
-    struct sched_registration* registration = registration_of(task);
+    if (!task->bpf_storage) return 0;
+    leave_place(task);
+    struct sched_registration* registration = bpf_task_storage_get(&tasks, task, 0, 0);
     struct sched_slot* slot = registration ? slot_of(registration) : 0;
     if (!slot || !is_active()) return 0;
     __u32 number = number_of(registration);
@@ -174,6 +212,7 @@ SEC("syscall")
 int set_registration(struct sched_registration* wanted) {
     struct task_struct* me = bpf_get_current_task_btf();
     if (wanted->slot == 0) {
+        leave_place(me);
         /* It counts no more from here on. The kernel refuses to free it while it is busy with another storage on this CPU:
          * then it goes with the task. */
         struct sched_registration* mine = bpf_task_storage_get(&tasks, me, 0, 0);
@@ -184,7 +223,9 @@ int set_registration(struct sched_registration* wanted) {
     struct sched_registration* mine = bpf_task_storage_get(&tasks, me, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
     if (!mine) return EAGAIN; /* no memory, or busy as above */
     /* In one (little-endian) store. */
-    *(volatile __u64*)mine = (__u64)wanted->generation << 32 | wanted->slot;
+    const __u64 registration = (__u64)wanted->generation << 32 | wanted->slot;
+    *(volatile __u64*)mine = registration;
+    take_place(me, registration);
     return 0;
 }
 
