@@ -71,7 +71,16 @@ class Pgbench:
         except BaseException:
             self.close()
             raise
-        self.backends = sorted(self._children() - before)  # those of this load, where one process serves one connection
+        self._before, self.clients = before, clients
+
+    def backends(self) -> List[int]:
+        """Of this load, where one process serves one connection. The server may still be about to fork some."""
+        deadline = time.monotonic() + CONNECT_TIMEOUT
+        while len(found := self._children() - self._before) < self.clients:
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.what}: {len(found)} backends")
+            time.sleep(0.005)
+        return sorted(found)
 
     def _children(self) -> Set[int]:
         return {child for pid in self.roots for child in processes.children(pid)}
@@ -132,12 +141,14 @@ def measure_beside(server, program: str, workload: Workload, clients: int, other
     if workload.lock:
         server.longest_wait()  # from now on
     with ExitStack() as stack:
-        loads = [stack.enter_context(closing(Pgbench(server, program, *load, log_dir)))
-                 for load in ((other, others), (workload, clients))]
+        loads, backends = [], []
+        for load in ((other, others), (workload, clients)):
+            loads.append(stack.enter_context(closing(Pgbench(server, program, *load, log_dir))))
+            backends.append(loads[-1].backends())
         time.sleep(WARM_UP)
-        before = [processes.Usage(load.roots, load.backends) for load in loads]
+        before = [processes.Usage(load.roots, own) for load, own in zip(loads, backends)]
         time.sleep(seconds)
-        after = [processes.Usage(load.roots, load.backends) for load in loads]
+        after = [processes.Usage(load.roots, own) for load, own in zip(loads, backends)]
         for load in loads:
             load.send(signal.SIGALRM)
         finished = [load.finish() for load in loads[::-1]][::-1]
