@@ -27,7 +27,7 @@ MODULE_big = adaptive_lwlock
 DATA = $(wildcard sql/adaptive_lwlock--*.sql)
 # A major version without a header of its own gets a module that says so and leaves the server alone.
 KNOWN_VERSION = $(wildcard extension/server/pg$(MAJORVERSION).h)
-SOURCES = $(filter-out extension/unknown_version.cpp,$(wildcard extension/*.cpp extension/patch/*.cpp))
+SOURCES = $(filter-out extension/unknown_version.cpp,$(wildcard extension/*.cpp extension/lwlock/*.cpp extension/patch/*.cpp))
 OBJS = $(patsubst %.cpp,%.o,$(sort $(if $(KNOWN_VERSION),$(SOURCES),extension/settings.cpp extension/unknown_version.cpp)))
 LIBRARY = $(if $(KNOWN_VERSION),build/libadaptive.a)
 
@@ -38,7 +38,7 @@ ISOLATION = $(patsubst regress/specs/%.spec,%,$(sort $(wildcard regress/specs/*.
 ISOLATION_OPTS = --inputdir=regress --outputdir=build/isolation --load-extension=adaptive_lwlock
 
 # The server's headers come with -isystem: their warnings are not ours.
-PG_CPPFLAGS = -I. -Isrc -isystem $(shell $(PG_CONFIG) --includedir-server)
+PG_CPPFLAGS = -I. -iquote extension -Isrc -isystem $(shell $(PG_CONFIG) --includedir-server)
 PG_CXXFLAGS = -std=c++20 -Wextra -fno-exceptions -fno-rtti -fno-threadsafe-statics -MMD -MP
 SHLIB_LINK = $(LIBRARY)
 EXTRA_CLEAN = build $(OBJS:.o=.d)
@@ -57,7 +57,7 @@ ifeq (,$(PGXS))
 $(error $(PG_CONFIG) does not run: set PG_CONFIG, or have scripts/setup install what is missing)
 endif
 include $(PGXS)
-include src/build.mk extension/patch/build.mk
+include build.mk
 -include $(OBJS:.o=.d)
 
 $(OBJS): Makefile

@@ -11,7 +11,7 @@
 #include <ctime>
 #include <vector>
 
-#include "notify/deschedule.h"
+#include "proposals/deschedule.h"
 
 using namespace adaptive;
 

@@ -6,7 +6,7 @@
 //
 //   build/examples/futex_spin     (better with a mirror: `schedmirror load` first, as root)
 
-#include "lock/futex_spin_wait.h"
+#include "proposals/futex_spin_wait.h"
 
 #include <unistd.h>
 

@@ -11,7 +11,7 @@
 
 #include <cerrno>
 
-#include "rseq/rseq_area.h"
+#include "base/rseq_area.h"
 
 namespace adaptive {
 

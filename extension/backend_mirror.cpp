@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "lwlock_api.h"
-#include "mirror/error.h"
+#include "base/error.h"
+#include "lwlock/api.h"
 #include "settings.h"
 
 extern "C" {

@@ -10,8 +10,8 @@
 #include <stdio.h>
 
 #include "backend_mirror.h"
-#include "lwlock_api.h"
-#include "lwlock_probes.h"
+#include "lwlock/api.h"
+#include "lwlock/probes.h"
 #include "patch/patch.h"
 #include "server/server.h"
 #include "server_layout.h"

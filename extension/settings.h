@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "lock/adaptive_lock.h"
+#include "protocol/queue_protocol.h"
 
 namespace adaptive::settings {
 

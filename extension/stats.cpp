@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "rseq/percpu.h"
+#include "percpu/percpu.h"
 
 namespace adaptive::stats {
 namespace {

@@ -2,11 +2,11 @@
 /*
  * Counters of what happened on the slow path, per tranche, in shared memory.
  *
- * One table per CPU (rseq/percpu.h), so that backends on different CPUs do not fight over the lines they count
+ * One table per CPU (percpu/percpu.h), so that backends on different CPUs do not fight over the lines they count
  * on, and no addition is atomic; the sum over the CPUs is the truth.
  */
 
-#include "lock/adaptive_lock.h"
+#include "protocol/queue_protocol.h"
 #include "server/server.h"
 
 extern "C" {

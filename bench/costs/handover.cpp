@@ -9,9 +9,9 @@
 #include <atomic>
 #include <thread>
 
+#include "base/futex.h"
 #include "costs/measure.h"
 #include "generator/line_cost.h"
-#include "lock/futex.h"
 
 using namespace adaptive;
 

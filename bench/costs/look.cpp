@@ -20,10 +20,10 @@
 #include <string>
 #include <thread>
 
+#include "base/futex.h"
+#include "base/rseq_area.h"
 #include "costs/measure.h"
-#include "lock/futex.h"
 #include "lock/this_task.h"
-#include "rseq/rseq_area.h"
 
 using namespace adaptive;
 using bench::cost_ns;

@@ -27,7 +27,7 @@ def build(*goals: str, setup=()) -> None:
         return
     # Not a part of a make that may be running us.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
-    for command in (["scripts/setup", *setup], ["make", "-s", "-f", "src/build.mk", *goals]):
+    for command in (["scripts/setup", *setup], ["make", "-s", "-f", "build.mk", *goals]):
         done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment)
         if done.returncode != 0:
             raise BenchError(f"{' '.join(command)} failed")

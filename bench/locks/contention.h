@@ -12,8 +12,8 @@
 #include <ctime>
 #include <new>
 
+#include "base/futex.h"
 #include "generator/busy_work.h"
-#include "lock/futex.h"
 #include "locks/histogram.h"
 #include "spin/cycle_clock.h"
 

@@ -15,7 +15,7 @@
 #include <atomic>
 #include <cstdint>
 
-#include "lock/futex.h"
+#include "base/futex.h"
 #include "spin/cycle_clock.h"
 
 namespace bench {

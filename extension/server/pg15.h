@@ -1,7 +1,7 @@
 #pragma once
 /* What is particular to PostgreSQL 15. Read in its lwlock.c, lwlock.h, proc.h. */
 
-#include "lock/adaptive_lock.h"
+#include "protocol/queue_protocol.h"
 
 namespace adaptive::server {
 

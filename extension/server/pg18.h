@@ -1,7 +1,7 @@
 #pragma once
 /* What is particular to PostgreSQL 18. Read in its lwlock.c, lwlock.h, proc.h, procnumber.h. */
 
-#include "lock/adaptive_lock.h"
+#include "protocol/queue_protocol.h"
 
 namespace adaptive::server {
 

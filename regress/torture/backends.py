@@ -1,4 +1,4 @@
-"""Torture of a server with the module: sessions that take and check LWLocks in all ways (bench/generator/torture.h) beside
+"""Torture of a server with the module: sessions that take and check LWLocks in all ways (server/torture.h) beside
 a real load, while this process torments them and watches for lost wake-ups.
 
 A run is a series of rounds, each with a server of its own, on another source of the mirror. In the middle of a round

@@ -1,7 +1,7 @@
 /*
  * Torture of the library's locks: processes on shared memory, and threads, take InterprocessMutex,
  * InterprocessSharedMutex, RobustMutex, Mutex and SharedMutex and wait for notifications with them (what they
- * do and check: bench/generator/torture.h), while this process torments them and watches for lost wake-ups.
+ * do and check: server/torture.h), while this process torments them and watches for lost wake-ups.
  *
  * A run is a series of rounds, of three sorts that take turns:
  * - processes on all kinds of process-shared locks;

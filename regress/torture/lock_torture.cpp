@@ -1,6 +1,6 @@
 /*
  * Torture of the waiting algorithm outside PostgreSQL: processes on shared memory take its locks in all ways
- * (what they do and check: bench/generator/torture.h), while this process torments them and watches for lost
+ * (what they do and check: server/torture.h), while this process torments them and watches for lost
  * wake-ups.
  *
  * A run is a series of rounds. A round has its own processes and its own memory, and ends either in order,
@@ -86,7 +86,7 @@ struct DelayedHost : ProcessHost {
     }
     static inline uint32_t steps_ = 0, next_ = 0;
 };
-using DelayedLock = AdaptiveLock<DelayedHost>;
+using DelayedLock = QueueProtocol<DelayedHost>;
 
 /// A process's view of the others, and its own entry in both mirrors.
 class Eyes {

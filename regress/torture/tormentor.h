@@ -20,8 +20,8 @@
 #include <string>
 #include <vector>
 
-#include "../../bench/generator/torture.h"
 #include "../unit/processes.h"
+#include "server/torture.h"
 #include "spin/pace.h"
 
 namespace torture {

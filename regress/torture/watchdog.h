@@ -16,8 +16,8 @@
 #include <utility>
 #include <vector>
 
-#include "../../bench/generator/torture.h"
 #include "../unit/processes.h"
+#include "server/torture.h"
 
 namespace torture {
 

@@ -1,6 +1,6 @@
 // Deschedule notifications: every deschedule writes every word, nothing else does, and nothing but them is
 // written.
-#include "notify/deschedule.h"
+#include "proposals/deschedule.h"
 
 #include <gtest/gtest.h>
 #include <sys/resource.h>
@@ -12,10 +12,10 @@
 #include <thread>
 #include <vector>
 
+#include "base/rseq_area.h"
+#include "mirror/bpf_source.h"
 #include "private_mirror.h"
 #include "processes.h"
-#include "rseq/rseq_area.h"
-#include "source/bpf_source.h"
 
 using namespace adaptive;
 using test::Child;

@@ -1,6 +1,6 @@
 // futex_spin_wait: each outcome, with each source; no wake-up is lost between spinning and sleeping; owners that
 // are gone, and ids that are used again.
-#include "lock/futex_spin_wait.h"
+#include "proposals/futex_spin_wait.h"
 
 #include <sys/resource.h>
 

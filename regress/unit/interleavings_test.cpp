@@ -197,7 +197,7 @@ struct SteppedHost : ProcessHost {
     static void count(Lock&, LockEvent, uint64_t) {}
 };
 
-using Waiting = AdaptiveLock<SteppedHost>;
+using Waiting = QueueProtocol<SteppedHost>;
 
 void hold(LockMode mode) {
     me().signal_handler = nullptr;  // only waiting is promised to bear it
@@ -347,7 +347,7 @@ const Scenario kScenarios[] = {
     {"WritersAndBystanderInterrupted", {writer(), writer(), interrupted(acquires_or_waits())}, 2},
     {"WritersAndOneInterruptedWhoWaitsUntilFree", {writer(), writer(), interrupted(waits_until_free())}, 2},
 };
-INSTANTIATE_TEST_SUITE_P(AdaptiveLock, Interleavings, ::testing::ValuesIn(kScenarios),
+INSTANTIATE_TEST_SUITE_P(QueueProtocol, Interleavings, ::testing::ValuesIn(kScenarios),
                          [](const auto& scenario) { return scenario.param.name; });
 
 }  // namespace

@@ -15,9 +15,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "mirror/bpf_source.h"
 #include "private_mirror.h"
 #include "processes.h"
-#include "source/bpf_source.h"
 
 using namespace adaptive;
 using test::Child;

@@ -1,6 +1,6 @@
 // Per-CPU critical sections: exact under preemption, migration and signals, at every level of optimisation and
 // in shared objects, with rseq and without; aborts seen; nothing left behind.
-#include "rseq/percpu.h"
+#include "percpu/percpu.h"
 
 #include <dlfcn.h>
 #include <gtest/gtest.h>

@@ -8,7 +8,7 @@
 #include <deque>
 #include <memory>
 
-#include "preload/pthread_protocol.h"
+#include "protocol/pthread_protocol.h"
 #include "stepped.h"
 
 namespace adaptive::test {

@@ -1,6 +1,6 @@
 #pragma once
 /*
- * AdaptiveLock outside PostgreSQL: a Host whose tasks are processes (or threads) on shared memory.
+ * QueueProtocol outside PostgreSQL: a Host whose tasks are processes (or threads) on shared memory.
  *
  * The arena lies in an anonymous shared mapping made before fork(); every task takes one seat in it. What the
  * lock believes of owners and spinners is decided by `hint`, so that a test can lie to it.
@@ -17,7 +17,7 @@
 #include <new>
 #include <utility>
 
-#include "lock/adaptive_lock.h"
+#include "protocol/queue_protocol.h"
 
 namespace adaptive::test {
 
@@ -131,7 +131,7 @@ struct ProcessHost {
     static void count(Lock&, LockEvent e, uint64_t n) { counts[static_cast<int>(e)] += n; }
 };
 
-using ProcessLock = AdaptiveLock<ProcessHost>;
+using ProcessLock = QueueProtocol<ProcessHost>;
 
 /// T in memory shared with every process forked from here on.
 template <class T>

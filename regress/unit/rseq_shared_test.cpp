@@ -6,10 +6,10 @@
 #include <random>
 #include <utility>
 
+#include "percpu/percpu.h"
 #include "private_mirror.h"
 #include "processes.h"
-#include "rseq/percpu.h"
-#include "sched_state/sched_state.h"
+#include "proposals/sched_state.h"
 
 #include "../../examples/rseq_registration.h"
 

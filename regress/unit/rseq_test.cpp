@@ -9,10 +9,10 @@
 #include <string>
 #include <vector>
 
+#include "base/rseq_area.h"
 #include "mirror/mirror.h"
 #include "private_mirror.h"
 #include "processes.h"
-#include "rseq/rseq_area.h"
 
 using namespace adaptive;
 using test::Child;

@@ -1,5 +1,5 @@
 // sched_state: the proposal's words from every source, who is meant by a handle, and what becomes of the dead.
-#include "sched_state/sched_state.h"
+#include "proposals/sched_state.h"
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
@@ -12,10 +12,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "base/rseq_area.h"
+#include "mirror/bpf_source.h"
 #include "private_mirror.h"
 #include "processes.h"
-#include "rseq/rseq_area.h"
-#include "source/bpf_source.h"
 
 using namespace adaptive;
 using test::Child;

@@ -23,7 +23,7 @@
 #include <condition_variable>
 #include <utility>
 
-#include "lock/futex.h"
+#include "base/futex.h"
 
 namespace adaptive {
 

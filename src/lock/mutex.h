@@ -17,7 +17,7 @@
  * Source: the protocol and what it promises are in mutex_protocol.h.
  */
 
-#include "lock/mutex_protocol.h"
+#include "protocol/mutex_protocol.h"
 
 namespace adaptive {
 

@@ -36,7 +36,7 @@
 
 #include <cstddef>
 
-#include "lock/mutex_protocol.h"
+#include "protocol/mutex_protocol.h"
 
 namespace adaptive {
 

@@ -39,7 +39,7 @@
  * real-time systems", 2010; spinning: Linux rwsem.c.
  */
 
-#include "lock/mutex_protocol.h"
+#include "protocol/mutex_protocol.h"
 
 namespace adaptive {
 

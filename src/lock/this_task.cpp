@@ -18,8 +18,8 @@
 #include <climits>
 #include <cstring>
 
+#include "base/error.h"
 #include "lock/wiped_on_fork.h"
-#include "mirror/error.h"
 
 namespace adaptive {
 

@@ -32,7 +32,7 @@
 
 #include <cstdint>
 
-#include "lock/futex.h"
+#include "base/futex.h"
 #include "mirror/mirror.h"
 #include "spin/spin_on_owner.h"
 

@@ -4,9 +4,9 @@
 
 #include <algorithm>
 
+#include "base/error.h"
+#include "mirror/bpf_source.h"
 #include "mirror/claim.h"
-#include "mirror/error.h"
-#include "source/bpf_source.h"
 
 namespace adaptive {
 

@@ -6,7 +6,7 @@
 //
 // Two sources keep the table true. `bpf`: the kernel writes it at every context switch (the `schedmirror`
 // command loads the program). `rseq`: the tasks write where they run and readers infer the rest
-// (source/rseq_source.h). Every answer is a hint: it may be stale when it arrives, and other users of the
+// (mirror/rseq_source.h). Every answer is a hint: it may be stale when it arrives, and other users of the
 // table may have written nonsense. Correctness must never depend on one; no contents of the table can crash a
 // reader.
 //
@@ -25,8 +25,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/error.h"
+#include "mirror/rseq_source.h"
 #include "mirror/sched_slot.h"
-#include "source/rseq_source.h"
 
 namespace adaptive {
 
@@ -46,10 +47,6 @@ const char* name_of(SchedState state) noexcept;  // for people: on_cpu, preempte
 using SlotId = uint16_t;  // 0 = none
 
 enum class Source : uint8_t { off, rseq, bpf };
-
-struct Error {
-    char text[256];
-};
 
 struct SlotInfo {
     SchedState state;
@@ -150,7 +147,7 @@ class MirrorTask {
     SlotId slot() const noexcept { return slot_; }  // 0 when not attached
     uint32_t generation() const noexcept { return generation_; }
 
-    // Whether the kernel writes this task's notes (notify/deschedule.h). Not before the next attach: off.
+    // Whether the kernel writes this task's notes (proposals/deschedule.h). Not before the next attach: off.
     bool set_notes(bool on, Error* error) noexcept;
 
     // "I am running", said at every lock acquire. Costs two loads while nothing changed. False: the

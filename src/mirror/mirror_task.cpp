@@ -18,10 +18,10 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "base/error.h"
+#include "mirror/bpf_source.h"
 #include "mirror/claim.h"
-#include "mirror/error.h"
 #include "mirror/mirror.h"
-#include "source/bpf_source.h"
 
 namespace adaptive {
 namespace {

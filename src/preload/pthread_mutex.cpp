@@ -20,7 +20,7 @@
 #include "lock/this_task.h"
 #include "lock/wiped_on_fork.h"
 #include "preload/adaptive_pthread.h"
-#include "preload/pthread_protocol.h"
+#include "protocol/pthread_protocol.h"
 
 #if !defined(__GLIBC__) || !defined(__LP64__)
 #error "this is about the mutexes of glibc on 64-bit machines"

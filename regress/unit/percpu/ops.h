@@ -1,7 +1,7 @@
 // The per-CPU operations as a shared object offers them, built at every level of optimisation.
 #pragma once
 
-#include "rseq/percpu.h"
+#include "percpu/percpu.h"
 
 namespace test {
 

@@ -162,7 +162,7 @@ struct LockTask {
  * - count(Lock&, LockEvent, uint64_t)
  */
 template <class Host>
-class AdaptiveLock {
+class QueueProtocol {
     using Lock = typename Host::Lock;
     using Waiter = typename Host::Waiter;
     using WaitList = typename Host::WaitList;

@@ -1,19 +1,19 @@
 /*
  * The public functions of the server's lwlock.c that touch a lock's state or the list of locks held, on
- * AdaptiveLock.
+ * QueueProtocol.
  *
  * The server keeps its list of held locks to itself, so all of these functions are replaced together and this
  * list is the only one in use. Arguments, results, errors, interrupt holdoff and probes are those of the
  * server.
  */
 
-#include "lwlock_api.h"
+#include "lwlock/api.h"
 
 #include <iterator>
 
-#include "lwlock_host.h"
+#include "lwlock/host.h"
 
-// Raised by a tracer that attaches to the probe of the same name; see lwlock_probes.h.
+// Raised by a tracer that attaches to the probe of the same name; see lwlock/probes.h.
 extern "C" {
 #define PROBE_SEMAPHORE __attribute__((section(".probes"), visibility("hidden"), used)) unsigned short
 PROBE_SEMAPHORE postgresql_lwlock__acquire_semaphore = 0;
@@ -29,7 +29,7 @@ PROBE_SEMAPHORE postgresql_lwlock__acquire__or__wait__fail_semaphore = 0;
 namespace adaptive::lwlock_api {
 namespace {
 
-using Waiting = AdaptiveLock<LwlockHost>;
+using Waiting = QueueProtocol<LwlockHost>;
 
 // ---- the locks that this process holds ----
 

@@ -1,5 +1,5 @@
-# The library, the schedmirror command, their unit tests and the micro-benchmark, all built into build/.
-# Included by the top Makefile; also usable alone:  make -f src/build.mk [lib|schedmirror|preload|unit|examples|switch_cost|costs|micro]
+# All that needs no server, built into build/: the library, the schedmirror command, the tests of these and of the patching, and the
+# measuring programs. Included by the top Makefile; also usable alone:  make -f build.mk [lib|schedmirror|preload|unit|examples|switch_cost|costs|micro]
 #
 # Needs: g++; for the kernel side clang, bpftool, libbpf-dev, libboost-program-options-dev; for the tests libgtest-dev and
 # libboost-dev.
@@ -11,7 +11,7 @@ ADAPTIVE_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Isrc -MMD -MP $(SANITIZE)
 CLANG := $(or $(CLANG),clang)
 BPFTOOL ?= $(or $(shell command -v bpftool),/usr/sbin/bpftool)
 
-LIB_SOURCES := $(wildcard src/mirror/*.cpp src/source/*.cpp src/notify/*.cpp src/sched_state/*.cpp src/lock/*.cpp)
+LIB_SOURCES := $(wildcard src/mirror/*.cpp src/proposals/*.cpp src/lock/*.cpp)
 LIB_OBJECTS := $(LIB_SOURCES:%.cpp=$(B)/%.o)
 PRELOAD_OBJECTS := $(patsubst %.cpp,$(B)/preload/%.o,$(wildcard src/preload/*.cpp) $(LIB_SOURCES))
 EXAMPLES := $(patsubst examples/%.cpp,$(B)/examples/%,$(wildcard examples/*.cpp))
@@ -22,7 +22,7 @@ adaptive: lib schedmirror preload unit switch_cost examples
 lib: $(B)/libadaptive.a
 preload: $(B)/libadaptive_pthread.so
 schedmirror: $(B)/schedmirror
-unit: $(UNIT_TESTS)
+unit: $(UNIT_TESTS) $(B)/unit/patch_test
 switch_cost: $(B)/switch_cost
 examples: $(EXAMPLES)
 
@@ -73,7 +73,7 @@ $(EXAMPLES): $(B)/examples/%: examples/%.cpp $(B)/libadaptive.a
 # do not follow: fibers, code that rewrites itself, mutexes in the place of theirs, and in the latter what processes or the kernel do. They use the
 # schedmirror command and the examples of the usual build.
 ASAN_TESTS := $(filter-out %interleavings_test %schedmirror_test %mirror_test preload_test,$(notdir $(UNIT_TESTS)))
-TSAN_TESTS := $(filter adaptive_lock_test mutex_test shared_mutex_test condition_variable_test futex_spin_wait_test this_task_test,$(ASAN_TESTS))
+TSAN_TESTS := $(filter queue_protocol_test mutex_test shared_mutex_test condition_variable_test futex_spin_wait_test this_task_test,$(ASAN_TESTS))
 .PHONY: sanitize
 sanitize: schedmirror examples
 	@mkdir -p $(B)/asan $(B)/tsan
@@ -81,17 +81,50 @@ sanitize: schedmirror examples
 	ln -sfn ../schedmirror $(B)/tsan/schedmirror
 	ln -sfn ../examples $(B)/asan/examples
 	ln -sfn ../examples $(B)/tsan/examples
-	+$(MAKE) -f src/build.mk B=$(B)/asan SANITIZE="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	+$(MAKE) -f build.mk B=$(B)/asan SANITIZE="-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 		$(ASAN_TESTS:%=$(B)/asan/unit/%)
-	+$(MAKE) -f src/build.mk B=$(B)/tsan SANITIZE="-O1 -g1 -fsanitize=thread" $(TSAN_TESTS:%=$(B)/tsan/unit/%)
+	+$(MAKE) -f build.mk B=$(B)/tsan SANITIZE="-O1 -g1 -fsanitize=thread" $(TSAN_TESTS:%=$(B)/tsan/unit/%)
 
 # The per-CPU operations in shared objects, at every level of optimisation.
 PERCPU_OPS := $(patsubst %,$(B)/lib/libpercpu_ops_O%.so,0 1 2 3)
-$(PERCPU_OPS): $(B)/lib/libpercpu_ops_O%.so: $(wildcard regress/unit/percpu/*) $(wildcard src/rseq/*.h)
+$(PERCPU_OPS): $(B)/lib/libpercpu_ops_O%.so: $(wildcard regress/unit/percpu/*) $(wildcard src/percpu/*.h)
 	@mkdir -p $(@D)
 	$(ADAPTIVE_CXX) -std=c++20 -O$* -g -Wall -Wextra -Isrc -fPIC -shared $(filter %.cpp,$^) -o $@
 $(B)/unit/percpu_test: | $(PERCPU_OPS)
 $(B)/unit/percpu_test: LDLIBS += -ldl
+
+# The test of replacing functions, which needs libraries of functions to be replaced.
+PATCH_TEST_ARCH := $(firstword $(subst -, ,$(shell $(ADAPTIVE_CXX) -dumpmachine)))
+PATCH_TEST_CXXFLAGS = -std=c++20 -O2 -g -Wall -Wextra -Iextension -MMD -MP
+PATCH_TEST_OBJECTS := $(patsubst %.cpp,$(B)/%.o,$(wildcard extension/patch/*.cpp))
+
+$(PATCH_TEST_OBJECTS): $(B)/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(PATCH_TEST_CXXFLAGS) -fno-exceptions -fno-rtti -c $< -o $@
+
+$(B)/lib/libpatch_targets.so: regress/unit/patch/targets_$(PATCH_TEST_ARCH).S
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) -shared -nostdlib -Wl,-z,noexecstack $< -o $@
+
+# The same list compiled file by file, and with link-time optimization, which inlines or clones a function of it.
+PATCH_TEST_LISTS := list list_inlined list_cloned
+PATCH_TEST_LIST_FLAGS = -std=c++20 -O2 -Wall -Wextra -fPIC -shared -fno-semantic-interposition
+PATCH_TEST_CLONE_FLAGS = -fno-inline -fipa-cp-clone --param ipa-cp-eval-threshold=0 --param ipa-cp-unit-growth=1000
+
+$(B)/lib/libpatch_list.so: $(addprefix regress/unit/patch/,list.cpp list_clears.cpp list_adds.cpp)
+$(B)/lib/libpatch_list_inlined.so: $(addprefix regress/unit/patch/,list.cpp list_clears.cpp)
+$(B)/lib/libpatch_list_cloned.so: $(addprefix regress/unit/patch/,list.cpp list_adds.cpp)
+$(B)/lib/libpatch_list_inlined.so: PATCH_TEST_LIST_FLAGS += -flto=auto
+$(B)/lib/libpatch_list_cloned.so: PATCH_TEST_LIST_FLAGS += -flto=auto $(PATCH_TEST_CLONE_FLAGS)
+$(PATCH_TEST_LISTS:%=$(B)/lib/libpatch_%.so): regress/unit/patch/list.h
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(PATCH_TEST_LIST_FLAGS) $(filter %.cpp,$^) -o $@
+
+$(B)/unit/patch_test: regress/unit/patch/patch_test.cpp $(PATCH_TEST_OBJECTS) $(B)/lib/libpatch_targets.so \
+		$(PATCH_TEST_LISTS:%=$(B)/lib/libpatch_%.so)
+	@mkdir -p $(@D)
+	$(ADAPTIVE_CXX) $(PATCH_TEST_CXXFLAGS) -rdynamic $(filter %.cpp %.o,$^) -L$(B)/lib -lpatch_targets \
+		-Wl,-rpath,'$$ORIGIN/../lib' -lgtest -lgtest_main -lpthread -ldl -o $@
 
 $(B)/switch_cost: bench/switch_cost.cpp $(B)/libadaptive.a
 	@mkdir -p $(@D)
@@ -134,4 +167,5 @@ $(B)/bench/contenders.o: bench/locks/contenders.cpp
 	$(ADAPTIVE_CXX) $(ADAPTIVE_CXXFLAGS) -iquote bench -c $< -o $@
 
 -include $(LIB_OBJECTS:.o=.d) $(PRELOAD_OBJECTS:.o=.d) $(UNIT_TESTS:=.d) $(EXAMPLES:=.d) $(B)/switch_cost.d $(B)/accuracy.d $(TORTURES:=.d) $(B)/micro.d $(B)/uncontended.d \
-	$(B)/bench/contenders.d $(COSTS:=.d) $(wildcard $(B)/schedmirror*.d)
+	$(B)/bench/contenders.d $(COSTS:=.d) $(wildcard $(B)/schedmirror*.d) \
+	$(PATCH_TEST_OBJECTS:.o=.d) $(B)/unit/patch_test.d

@@ -1,4 +1,4 @@
-#include "source/bpf_source.h"
+#include "mirror/bpf_source.h"
 
 #include <fcntl.h>
 #include <linux/bpf.h>
@@ -10,7 +10,7 @@
 #include <cerrno>
 #include <cstring>
 
-#include "mirror/error.h"
+#include "base/error.h"
 
 namespace adaptive::bpf {
 namespace {

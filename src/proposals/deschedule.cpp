@@ -1,9 +1,9 @@
-#include "notify/deschedule.h"
+#include "proposals/deschedule.h"
 
 #include <cstring>
 
-#include "mirror/error.h"
-#include "source/bpf_source.h"
+#include "base/error.h"
+#include "mirror/bpf_source.h"
 
 namespace adaptive {
 namespace {

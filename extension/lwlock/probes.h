@@ -12,7 +12,7 @@ extern "C" {
 #include "utils/probes.h"
 }
 
-#include "lock/adaptive_lock.h"
+#include "protocol/queue_protocol.h"
 #include "server/server.h"
 
 namespace adaptive::probe {

@@ -33,12 +33,12 @@
 #include <cstdint>
 #include <cstring>
 
-#include "rseq/rseq_area.h"
+#include "base/rseq_area.h"
 
 #if defined(__x86_64__)
-#include "rseq/percpu_x86_64.h"
+#include "percpu/percpu_x86_64.h"
 #elif defined(__aarch64__)
-#include "rseq/percpu_aarch64.h"
+#include "percpu/percpu_aarch64.h"
 #else
 #error "percpu.h knows x86-64 and aarch64"
 #endif

@@ -1,12 +1,18 @@
-// Fills in an Error, and says false: `return fail(error, "no such %s", name);`
 #pragma once
+/*
+ * Why something failed, in one line for people: what is missing and what to do.
+ *
+ * Whatever can fail takes an Error* (may be null) and returns false: `return fail(error, "no such %s", name);`
+ */
 
 #include <cstdarg>
 #include <cstdio>
 
-#include "mirror/mirror.h"
-
 namespace adaptive {
+
+struct Error {
+    char text[256];
+};
 
 __attribute__((format(printf, 2, 3))) inline bool fail(Error* error, const char* format, ...) noexcept {
     if (error == nullptr) return false;

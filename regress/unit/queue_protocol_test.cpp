@@ -40,7 +40,7 @@ void sit_down(Seat& seat, WaitPolicy policy = WaitPolicy::park, SchedState (*hin
     for (uint64_t& n : ProcessHost::counts) n = 0;
 }
 
-class AdaptiveLockTest : public ::testing::Test {
+class QueueProtocolTest : public ::testing::Test {
   protected:
     void SetUp() override {
         CycleClock::calibrate();
@@ -85,7 +85,7 @@ class AdaptiveLockTest : public ::testing::Test {
     std::atomic<int> passed_{0};
 };
 
-TEST_F(AdaptiveLockTest, TakesAFreeLockAtOnceAndNamesItsOwner) {
+TEST_F(QueueProtocolTest, TakesAFreeLockAtOnceAndNamesItsOwner) {
     ProcessHost::slot = kOwnerSlot;
     EXPECT_TRUE(ProcessLock::acquire(lock_, LockMode::exclusive));
     EXPECT_EQ(lock_.state, kBits.exclusive | kBits.release_ok);
@@ -95,7 +95,7 @@ TEST_F(AdaptiveLockTest, TakesAFreeLockAtOnceAndNamesItsOwner) {
     EXPECT_EQ(counted(LockEvent::contended), 0u);
 }
 
-TEST_F(AdaptiveLockTest, SharedHoldsAddUpAndExcludeWriters) {
+TEST_F(QueueProtocolTest, SharedHoldsAddUpAndExcludeWriters) {
     EXPECT_TRUE(ProcessLock::acquire_conditionally(lock_, LockMode::shared));
     EXPECT_TRUE(ProcessLock::acquire_conditionally(lock_, LockMode::shared));
     EXPECT_FALSE(ProcessLock::acquire_conditionally(lock_, LockMode::exclusive));
@@ -106,7 +106,7 @@ TEST_F(AdaptiveLockTest, SharedHoldsAddUpAndExcludeWriters) {
     EXPECT_FALSE(ProcessLock::acquire_conditionally(lock_, LockMode::shared));
 }
 
-TEST_F(AdaptiveLockTest, SpinsWhileTheOwnerRunsAndTakesTheLockWithoutSleeping) {
+TEST_F(QueueProtocolTest, SpinsWhileTheOwnerRunsAndTakesTheLockWithoutSleeping) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     uint64_t slept = 99, got = 0;
     auto other = acquirer(LockMode::exclusive, WaitPolicy::owner, always_on_cpu, [&] {
@@ -121,7 +121,7 @@ TEST_F(AdaptiveLockTest, SpinsWhileTheOwnerRunsAndTakesTheLockWithoutSleeping) {
     EXPECT_EQ(lock_.state, kBits.release_ok) << "the spinner bit is given back";
 }
 
-TEST_F(AdaptiveLockTest, CountsEverySpinOnceWhenLocksAreHeldWithinEachOther) {
+TEST_F(QueueProtocolTest, CountsEverySpinOnceWhenLocksAreHeldWithinEachOther) {
     SharedLock inner;
     ProcessLock::acquire(lock_, LockMode::exclusive);
     ProcessLock::acquire(inner, LockMode::exclusive);
@@ -147,7 +147,7 @@ TEST_F(AdaptiveLockTest, CountsEverySpinOnceWhenLocksAreHeldWithinEachOther) {
     EXPECT_EQ(in_the_end, 2u) << "the second turn waits for nobody";
 }
 
-TEST_F(AdaptiveLockTest, SleepsWhenTheOwnerIsOffItsCpu) {
+TEST_F(QueueProtocolTest, SleepsWhenTheOwnerIsOffItsCpu) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     uint64_t left = 0, slept = 0;
     auto other = acquirer(LockMode::exclusive, WaitPolicy::owner, always_blocked, [&] {
@@ -162,7 +162,7 @@ TEST_F(AdaptiveLockTest, SleepsWhenTheOwnerIsOffItsCpu) {
     EXPECT_EQ(slept, 1u);
 }
 
-TEST_F(AdaptiveLockTest, SleepsWhenTheBudgetIsSpentAndBlindNeverLooks) {
+TEST_F(QueueProtocolTest, SleepsWhenTheBudgetIsSpentAndBlindNeverLooks) {
     ProcessHost::spin_microseconds = 50;
     ProcessLock::acquire(lock_, LockMode::exclusive);
     static std::atomic<int> looks;
@@ -182,7 +182,7 @@ TEST_F(AdaptiveLockTest, SleepsWhenTheBudgetIsSpentAndBlindNeverLooks) {
     EXPECT_EQ(looks, 0);
 }
 
-TEST_F(AdaptiveLockTest, AnUnknownOwnerIsSpunForBriefly) {
+TEST_F(QueueProtocolTest, AnUnknownOwnerIsSpunForBriefly) {
     ProcessHost::spin_microseconds = 1'000'000;  // a fifth of it while nothing is known
     ProcessLock::acquire(lock_, LockMode::exclusive);
     uint64_t ticks = 0;
@@ -195,7 +195,7 @@ TEST_F(AdaptiveLockTest, AnUnknownOwnerIsSpunForBriefly) {
     EXPECT_LT(ticks, 600'000 * CycleClock::ticks_per_microsecond());
 }
 
-TEST_F(AdaptiveLockTest, ALockFreedJustBeforeQueueingIsNotSleptFor) {
+TEST_F(QueueProtocolTest, ALockFreedJustBeforeQueueingIsNotSleptFor) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     static SharedLock* lock;
     lock = &lock_;
@@ -211,7 +211,7 @@ TEST_F(AdaptiveLockTest, ALockFreedJustBeforeQueueingIsNotSleptFor) {
     EXPECT_EQ(lock_.state, kBits.exclusive | kBits.release_ok) << "still queued";
 }
 
-TEST_F(AdaptiveLockTest, SparesTheWakeUpForASpinnerAndOwesItAfterwards) {
+TEST_F(QueueProtocolTest, SparesTheWakeUpForASpinnerAndOwesItAfterwards) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     auto other = sleeper();
     await_sleeper();
@@ -230,7 +230,7 @@ TEST_F(AdaptiveLockTest, SparesTheWakeUpForASpinnerAndOwesItAfterwards) {
     EXPECT_EQ(counted(LockEvent::wakeup_sent), 1u);
 }
 
-TEST_F(AdaptiveLockTest, WakesWhenTheSpinnerIsOffItsCpu) {
+TEST_F(QueueProtocolTest, WakesWhenTheSpinnerIsOffItsCpu) {
     ProcessHost::hint = [](SlotId slot) {
         return slot == kSpinnerSlot ? SchedState::preempted : SchedState::on_cpu;
     };
@@ -243,7 +243,7 @@ TEST_F(AdaptiveLockTest, WakesWhenTheSpinnerIsOffItsCpu) {
     EXPECT_EQ(passed_, 1);
 }
 
-TEST_F(AdaptiveLockTest, ASpinnerOffItsCpuIsReplacedAndOneOnItIsNot) {
+TEST_F(QueueProtocolTest, ASpinnerOffItsCpuIsReplacedAndOneOnItIsNot) {
     for (const bool replaced : {true, false}) {
         ProcessLock::acquire(lock_, LockMode::exclusive);
         pretend_spinner();
@@ -264,7 +264,7 @@ TEST_F(AdaptiveLockTest, ASpinnerOffItsCpuIsReplacedAndOneOnItIsNot) {
     }
 }
 
-TEST_F(AdaptiveLockTest, SpinnersCannotKeepASleeperAsleepForLong) {
+TEST_F(QueueProtocolTest, SpinnersCannotKeepASleeperAsleepForLong) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     auto other = sleeper();
     await_sleeper();
@@ -283,7 +283,7 @@ TEST_F(AdaptiveLockTest, SpinnersCannotKeepASleeperAsleepForLong) {
     other.join();
 }
 
-TEST_F(AdaptiveLockTest, AWokenTaskThatDoesNotRunKeepsNobodyAsleepForLong) {
+TEST_F(QueueProtocolTest, AWokenTaskThatDoesNotRunKeepsNobodyAsleepForLong) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     auto other = sleeper();
     await_sleeper();
@@ -309,7 +309,7 @@ TEST_F(AdaptiveLockTest, AWokenTaskThatDoesNotRunKeepsNobodyAsleepForLong) {
     other.join();
 }
 
-TEST_F(AdaptiveLockTest, WhoWaitsForFreedomIsWokenAtEveryRelease) {
+TEST_F(QueueProtocolTest, WhoWaitsForFreedomIsWokenAtEveryRelease) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     std::atomic<int> result{-1};
     std::thread other([&] {
@@ -326,7 +326,7 @@ TEST_F(AdaptiveLockTest, WhoWaitsForFreedomIsWokenAtEveryRelease) {
     EXPECT_FALSE(lock_.state & (kBits.has_waiters | kBits.until_free | kBits.held_mask));
 }
 
-TEST_F(AdaptiveLockTest, WaitUntilSeesTheReleaseAndTheUpdate) {
+TEST_F(QueueProtocolTest, WaitUntilSeesTheReleaseAndTheUpdate) {
     std::atomic<uint64_t> value{1};
     for (const bool by_release : {true, false}) {
         value = 1;
@@ -346,7 +346,7 @@ TEST_F(AdaptiveLockTest, WaitUntilSeesTheReleaseAndTheUpdate) {
 }
 
 // A spinner takes a lock within 100 ns of its release, long before a sleeper comes to look.
-TEST_F(AdaptiveLockTest, WhoWaitsForFreedomNeedNotSeeIt) {
+TEST_F(QueueProtocolTest, WhoWaitsForFreedomNeedNotSeeIt) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     bool freed = false;
     std::thread waiter([&] {
@@ -364,7 +364,7 @@ TEST_F(AdaptiveLockTest, WhoWaitsForFreedomNeedNotSeeIt) {
     EXPECT_EQ(lock_.state, kBits.release_ok);
 }
 
-TEST_F(AdaptiveLockTest, ARunOfReadersIsWokenTogether) {
+TEST_F(QueueProtocolTest, ARunOfReadersIsWokenTogether) {
     Seat third;
     sem_init(&third.semaphore, 0, 0);
     ProcessLock::acquire(lock_, LockMode::exclusive);
@@ -384,7 +384,7 @@ TEST_F(AdaptiveLockTest, ARunOfReadersIsWokenTogether) {
     EXPECT_EQ(lock_.state & kBits.held_mask, 0u);
 }
 
-TEST_F(AdaptiveLockTest, ASpinningReaderDoesNotKeepSleepingReadersOut) {
+TEST_F(QueueProtocolTest, ASpinningReaderDoesNotKeepSleepingReadersOut) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     auto sleeping = sleeper(LockMode::shared);
     await_sleeper();
@@ -407,7 +407,7 @@ TEST_F(AdaptiveLockTest, ASpinningReaderDoesNotKeepSleepingReadersOut) {
     EXPECT_EQ(spinning_got_in, 1);
 }
 
-TEST_F(AdaptiveLockTest, ASpinnerThrownOutOfItsAcquireLeavesNobodyAsleep) {
+TEST_F(QueueProtocolTest, ASpinnerThrownOutOfItsAcquireLeavesNobodyAsleep) {
     struct ThrownOut {};
     static thread_local int looks;
     ProcessLock::acquire(lock_, LockMode::exclusive);
@@ -435,7 +435,7 @@ TEST_F(AdaptiveLockTest, ASpinnerThrownOutOfItsAcquireLeavesNobodyAsleep) {
     EXPECT_EQ(lock_.state, kBits.release_ok);
 }
 
-TEST_F(AdaptiveLockTest, ASpinnerOfWhomNothingIsKnownIsSparedForATimeOnly) {
+TEST_F(QueueProtocolTest, ASpinnerOfWhomNothingIsKnownIsSparedForATimeOnly) {
     ProcessHost::hint = [](SlotId) { return SchedState::unknown; };
     ProcessLock::acquire(lock_, LockMode::exclusive);
     auto other = sleeper();
@@ -455,7 +455,7 @@ TEST_F(AdaptiveLockTest, ASpinnerOfWhomNothingIsKnownIsSparedForATimeOnly) {
     EXPECT_EQ(passed_, 1);
 }
 
-TEST_F(AdaptiveLockTest, AWriterThatFindsReadersDoesNotKeepSleepingReadersOut) {
+TEST_F(QueueProtocolTest, AWriterThatFindsReadersDoesNotKeepSleepingReadersOut) {
     for (const WaitPolicy policy : {WaitPolicy::park, WaitPolicy::owner}) {
         ProcessLock::acquire(lock_, LockMode::exclusive);
         static SharedLock* lock;
@@ -491,13 +491,13 @@ TEST_F(AdaptiveLockTest, AWriterThatFindsReadersDoesNotKeepSleepingReadersOut) {
     }
 }
 
-TEST_F(AdaptiveLockTest, QueueingTwiceIsNotSurvived) {
+TEST_F(QueueProtocolTest, QueueingTwiceIsNotSurvived) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     seats_[0].wait_state = static_cast<uint8_t>(WaitState::waiting);
     EXPECT_DEATH(ProcessLock::acquire(lock_, LockMode::exclusive), "");
 }
 
-TEST_F(AdaptiveLockTest, ForeignSemaphorePostsAreGivenBack) {
+TEST_F(QueueProtocolTest, ForeignSemaphorePostsAreGivenBack) {
     ProcessLock::acquire(lock_, LockMode::exclusive);
     for (int i = 0; i < 3; i++) sem_post(&seats_[1].semaphore);
     auto other = sleeper();
@@ -644,13 +644,13 @@ void stress(SchedState (*hint)(SlotId), int processes, int turns) {
     munmap(arena, sizeof(Arena));
 }
 
-TEST(AdaptiveLockStress, EveryOwnerSeemsToRun) {
+TEST(QueueProtocolStress, EveryOwnerSeemsToRun) {
     stress(always_on_cpu, 6, 200'000);
 }
-TEST(AdaptiveLockStress, EveryOwnerSeemsAsleep) {
+TEST(QueueProtocolStress, EveryOwnerSeemsAsleep) {
     stress(always_blocked, 6, 100'000);
 }
-TEST(AdaptiveLockStress, TheMirrorLies) {
+TEST(QueueProtocolStress, TheMirrorLies) {
     stress(lying_mirror, 8, 200'000);
 }
 

@@ -1,6 +1,6 @@
 #pragma once
 /*
- * What a lock, a waiter and sleeping are in a PostgreSQL server: the Host of AdaptiveLock over LWLock and
+ * What a lock, a waiter and sleeping are in a PostgreSQL server: the Host of QueueProtocol over LWLock and
  * PGPROC.
  *
  * Everything stays where the server keeps it: the state word and the wait list in the LWLock, the wait state
@@ -12,8 +12,8 @@
 #include <atomic>
 
 #include "backend_mirror.h"
-#include "lock/adaptive_lock.h"
-#include "lwlock_probes.h"
+#include "lwlock/probes.h"
+#include "protocol/queue_protocol.h"
 #include "server/server.h"
 #include "settings.h"
 #include "stats.h"

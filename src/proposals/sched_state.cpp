@@ -3,7 +3,7 @@
 // A slot is claimed by locking its robust mutex, which a dead thread leaves marked. Its generation moves on
 // twice: before the lock is tried, so that nobody takes the new owner for the old one; and after, so that a
 // competitor's late attempt at the first step, which names the generation it expects, fails.
-#include "sched_state/sched_state.h"
+#include "proposals/sched_state.h"
 
 #include <unistd.h>
 
@@ -11,7 +11,7 @@
 #include <cstring>
 #include <new>
 
-#include "mirror/error.h"
+#include "base/error.h"
 
 namespace adaptive {
 namespace {

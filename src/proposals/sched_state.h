@@ -13,7 +13,7 @@
 //
 // Sources, of which all users of one table have the same:
 //   bpf     the kernel's switches, written by the program that `schedmirror load` left (mirror/mirror.h)
-//   rseq    inferred from where threads were last seen running (source/rseq_source.h)
+//   rseq    inferred from where threads were last seen running (mirror/rseq_source.h)
 // With rseq the table lies in memory that the caller shares, and a thread's death is seen by a robust mutex that
 // it holds: the kernel marks it when the thread is gone, before anybody can get its id.
 //

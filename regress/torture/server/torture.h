@@ -52,7 +52,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "busy_work.h"
+#include "../../../bench/generator/busy_work.h"
 #include "spin/cycle_clock.h"
 
 namespace lock_generator::torture {

@@ -11,7 +11,7 @@
  * Problem
  * -------
  * A release that finds 2 wakes somebody, although a spinner may be about to take the mutex: the convoy of
- * adaptive_lock.h. To spare that wake-up the releaser must know of the spinner, and be sure that it will not walk
+ * queue_protocol.h. To spare that wake-up the releaser must know of the spinner, and be sure that it will not walk
  * away without waking; but the word has no room for one.
  *
  * Algorithm
@@ -62,8 +62,8 @@
 #include <atomic>
 #include <cstdint>
 
-#include "lock/adaptive_lock.h"
-#include "lock/mutex_protocol.h"
+#include "protocol/mutex_protocol.h"
+#include "protocol/queue_protocol.h"
 #include "spin/spin_on_owner.h"
 
 namespace adaptive {

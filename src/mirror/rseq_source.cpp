@@ -1,4 +1,4 @@
-#include "source/rseq_source.h"
+#include "mirror/rseq_source.h"
 
 #include <cstring>
 

@@ -15,8 +15,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/rseq_area.h"
 #include "mirror/sched_slot.h"
-#include "rseq/rseq_area.h"
 
 namespace adaptive {
 

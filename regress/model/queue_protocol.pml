@@ -1,5 +1,5 @@
 /*
- * Model of src/lock/adaptive_lock.h for the spin model checker; regress/model/check runs it.
+ * Model of src/protocol/queue_protocol.h for the spin model checker; regress/model/check runs it.
  *
  * Tasks take and release one lock as often as they like, and may stop coming whenever they are outside. The checker
  * visits every interleaving of their steps and shows

@@ -13,7 +13,7 @@
  *
  * Problem
  * -------
- * As in adaptive_lock.h, with less room: no list of waiters, as those of several processes could not reach each
+ * As in queue_protocol.h, with less room: no list of waiters, as those of several processes could not reach each
  * other's nodes. The kernel's futex queue takes its place, so that who sleeps is known only as "somebody may".
  *
  * Algorithm
