@@ -160,11 +160,11 @@ sub built_for
 	mkdir "$tree/changed" or die $!;
 	mkdir "$tree/changed/storage" or die $!;
 	append_to_file("$tree/changed/$header", $changed);
-	my $includes = "-I$tree/changed -I. -Isrc -isystem $headers";
+	my $includes = "-I$tree/changed -I. -iquote extension -Isrc -isystem $headers";
 	my ($status, $output) = as_root('sh', '-ec', <<"SH");
 cd $build
 mkdir $tree/build
-cp -a Makefile extension src sql adaptive_lwlock.control $tree
+cp -a Makefile build.mk extension src sql adaptive_lwlock.control $tree
 cp -a build/libadaptive.a build/src $tree/build
 cd $tree
 touch extension/server_layout.cpp
