@@ -35,6 +35,7 @@
 #include <iterator>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "costs/measure.h"
@@ -88,13 +89,10 @@ class ProgramTime {
   public:
     explicit ProgramTime(const std::string& name) : statistics_(bpf_enable_stats(BPF_STATS_RUN_TIME)) {
         for (__u32 id = 0; bpf_prog_get_next_id(id, &id) == 0;) {
-            const int program = bpf_prog_get_fd_by_id(id);
-            if (program >= 0 && info(program).name == name) {
-                if (program_ >= 0) close(program_);
-                program_ = program;
-            } else if (program >= 0) {
-                close(program);
-            }
+            int program = bpf_prog_get_fd_by_id(id);
+            if (program < 0) continue;
+            if (info(program).name == name) std::swap(program_, program);
+            if (program >= 0) close(program);
         }
         if (statistics_ < 0 || program_ < 0) give_up("the kernel keeps no statistics of BPF programs");
         before_ = info(program_);
@@ -233,12 +231,11 @@ double one(const Case& c, Half half, int cpu, int batches) {
         if (!attached) command("unload");
         if (half == Half::with_statistics) time.emplace("on_sched_switch");
     });
-    const double program_ns = time ? time->ns_per_run() : 0;
-    time.reset();
+    const double result = time ? time->ns_per_run() : ns;
     for (pid_t pid : others) kill(pid, SIGKILL);
     for (pid_t pid : others) waitpid(pid, nullptr, 0);
     if (attached) command("unload");
-    return half == Half::with_statistics ? program_ns : ns;
+    return result;
 }
 
 }  // namespace

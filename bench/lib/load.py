@@ -47,8 +47,8 @@ class Pgbench:
     def __init__(self, server, program: str, workload: Workload, clients: int, log_dir: str, protocol: str = "prepared"):
         self.what = f"{workload.name} with {clients} clients"
         self.roots = server.pids()
-        self.idle_children = sum(len(processes.children(pid)) for pid in self.roots)
-        before = self._children()
+        self.clients = clients
+        self.children_before = self._children()
         self.prefix = os.path.join(log_dir, f"transactions_{server.name}_{workload.name}")
         script = os.path.join(log_dir, os.path.basename(workload.script()))
         _publish(workload.script(), script)
@@ -71,12 +71,11 @@ class Pgbench:
         except BaseException:
             self.close()
             raise
-        self._before, self.clients = before, clients
 
     def backends(self) -> List[int]:
         """Of this load, where one process serves one connection. The server may still be about to fork some."""
         deadline = time.monotonic() + CONNECT_TIMEOUT
-        while len(found := self._children() - self._before) < self.clients:
+        while len(found := self._children() - self.children_before) < self.clients:
             if time.monotonic() > deadline:
                 raise BenchError(f"{self.what}: {len(found)} backends")
             time.sleep(0.005)
@@ -105,7 +104,7 @@ class Pgbench:
             raise BenchError(f"{self.what} failed: {last_line(message)}")
         finished = read_log(self._logs())
         self.close()
-        _wait_until_idle(self.roots, self.idle_children)
+        _wait_until_idle(self.roots, len(self.children_before))
         return finished
 
     def close(self) -> None:
@@ -120,45 +119,33 @@ class Pgbench:
         return glob.glob(self.prefix + ".[0-9]*")
 
 
-def measure(server, program: str, workload: Workload, clients: int, seconds: float, log_dir: str,
-            protocol: str = "prepared") -> Sample:
-    if workload.lock:
-        server.longest_wait()  # from now on
-    with closing(Pgbench(server, program, workload, clients, log_dir, protocol)) as load:
-        time.sleep(WARM_UP)
-        before = processes.Usage(load.roots)
-        time.sleep(seconds)
-        after = processes.Usage(load.roots)
-        finished = load.finish()
-    return _of_window(load, before, after, finished, server.longest_wait() if workload.lock else 0.0)
-
-
-def measure_beside(server, program: str, workload: Workload, clients: int, other: Workload, others: int, seconds: float,
-                   log_dir: str) -> Sample:
-    """Two loads on one server at once: the sample of the first, with that of the other `beside` it. CPU and sleeps are of each
-    load's own backends.
+def measure(server, program: str, workload: Workload, clients: int, seconds: float, log_dir: str, protocol: str = "prepared",
+            beside: Optional[Tuple[Workload, int]] = None) -> Sample:
+    """CPU and sleeps are the server's. With another load (a workload and its clients) at the same time, `beside` the first in the sample,
+    they are those of each load's own backends.
     """
     if workload.lock:
         server.longest_wait()  # from now on
     with ExitStack() as stack:
         loads, backends = [], []
-        for load in ((other, others), (workload, clients)):
-            loads.append(stack.enter_context(closing(Pgbench(server, program, *load, log_dir))))
-            backends.append(loads[-1].backends())
+        for which in [(workload, clients)] + ([beside] if beside else []):
+            loads.append(stack.enter_context(closing(Pgbench(server, program, *which, log_dir, protocol))))
+            backends.append(loads[-1].backends() if beside else None)
         time.sleep(WARM_UP)
         before = [processes.Usage(load.roots, own) for load, own in zip(loads, backends)]
         time.sleep(seconds)
         after = [processes.Usage(load.roots, own) for load, own in zip(loads, backends)]
         for load in loads:
             load.send(signal.SIGALRM)
-        finished = [load.finish() for load in loads[::-1]][::-1]
-    beside, sample = map(_of_window, loads, before, after, finished, (0.0, server.longest_wait() if workload.lock else 0.0))
-    sample.beside = beside
-    return sample
+        finished = [load.finish() for load in loads]
+    samples = list(map(_of_window, loads, before, after, finished))
+    if workload.lock:
+        samples[0].longest_wait_ms = server.longest_wait()
+    samples[0].beside = samples[1] if beside else None
+    return samples[0]
 
 
-def _of_window(load: Pgbench, before: processes.Usage, after: processes.Usage, finished: List[Tuple[float, int]],
-               longest_wait: float) -> Sample:
+def _of_window(load: Pgbench, before: processes.Usage, after: processes.Usage, finished: List[Tuple[float, int]]) -> Sample:
     count, latencies = in_window(finished, before.when, after.when)
     if count <= 0:
         raise BenchError(f"{load.what}: no transaction in {after.when - before.when:.1f} s")
@@ -166,7 +153,7 @@ def _of_window(load: Pgbench, before: processes.Usage, after: processes.Usage, f
     return Sample(tps=count / (after.when - before.when), cpu_seconds_per_1000_tx=1000 * cpu / count,
                   latency_p99_ms=percentile(latencies, 99) / 1000,
                   sleeps_per_1000_tx=1000 * after.sleeps_since(before) / count,
-                  longest_wait_ms=longest_wait, transactions=len(latencies))
+                  longest_wait_ms=0.0, transactions=len(latencies))
 
 
 def measure_in_slices(clusters: List, program: str, workload: Workload, clients: int, seconds: float, slice_seconds: float,

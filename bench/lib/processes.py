@@ -128,20 +128,15 @@ class Usage:
         self.when = time.time()
         self.cpu_seconds = 0.0
         self.switches: Dict[int, int] = {}
-        for pid in only or ():
-            self.cpu_seconds += _own_cpu_seconds(pid)
-            self.switches[pid] = _voluntary_switches(pid)
-        if only is not None:
-            return
-        for root in roots:
+        for root in roots if only is None else ():
             stat = _stat(root)
             # A child that ends moves its time here.
             if stat:
                 self.cpu_seconds += (int(stat[13]) + int(stat[14])) / _TICK
             self.cpu_seconds += _own_cpu_seconds(root)
-            for pid in children(root):
-                self.cpu_seconds += _own_cpu_seconds(pid)
-                self.switches[pid] = _voluntary_switches(pid)
+        for pid in [pid for root in roots for pid in children(root)] if only is None else only:
+            self.cpu_seconds += _own_cpu_seconds(pid)
+            self.switches[pid] = _voluntary_switches(pid)
 
     def sleeps_since(self, before: "Usage") -> int:
         return sum(n - before.switches.get(pid, 0) for pid, n in self.switches.items())
